@@ -1,0 +1,69 @@
+"""The ground all benchmarks stand on: one server with default durability, one filled outbox, medians of paired runs."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+
+import asyncpg
+from sqlalchemy.ext.asyncio import create_async_engine
+
+from outbox import SyncEvent
+from outbox.migrate import migrate
+from outbox.secondaries.base import Applied, Outcome, ResourceDigest
+from outbox.testing.postgres import EmbeddedPostgres
+
+CONTENT = '{"resourceType":"Observation","status":"final","note":"' + "x" * 440 + '"}'
+
+FILL = """
+with event as (
+    insert into outbox (tenant_id, resource_type, resource_id, operation, content)
+    select 'tenant-' || (n % $2), 'Observation', n::text, 'update', $3::json from generate_series(1, $1) as n
+    returning event_id, tenant_id, resource_type, resource_id
+)
+insert into outbox_delivery (backend_id, lane, event_id, key_hash)
+select $4, (hashtextextended(tenant_id, 0) & 63)::smallint, event_id,
+       hashtextextended(tenant_id || '/' || resource_type || '/' || resource_id, 0)
+from event
+"""
+
+
+class Nothing:
+    """A secondary that takes everything and keeps nothing; it looks at every content, so content is in hand."""
+
+    def __init__(self, backend_id: str = "nothing") -> None:
+        self.backend_id = backend_id
+        self.seen = 0
+        self.characters = 0
+
+    async def apply(self, batch: Sequence[SyncEvent]) -> Sequence[Outcome]:
+        self.characters += sum(len(event.content or "") for event in batch)
+        self.seen += len(batch)
+        return [Applied()] * len(batch)
+
+    async def scan(self, tenant_id: str, resource_type: str, after: str | None = None) -> AsyncIterator[ResourceDigest]:
+        return
+        yield
+
+
+@asynccontextmanager
+async def outbox_database(server: EmbeddedPostgres) -> AsyncIterator[str]:
+    """A fresh database with the outbox tables; yields its name."""
+    name = "bench"
+    admin = await asyncpg.connect(server.dsn("postgres", driver="postgresql"))
+    await admin.execute(f"drop database if exists {name} with (force)")
+    await admin.execute(f"create database {name}")
+    engine = create_async_engine(server.dsn(name))
+    await migrate(engine)
+    await engine.dispose()
+    try:
+        yield name
+    finally:
+        await admin.execute(f"drop database {name} with (force)")
+        await admin.close()
+
+
+def spread(values: Sequence[float]) -> str:
+    """Median, and how far the runs were apart: the machine's noise."""
+    return f"{statistics.median(values):10.2f}  ({min(values):.2f} to {max(values):.2f})"

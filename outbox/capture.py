@@ -1,0 +1,162 @@
+"""Capture: which classes are kept in step, and how a row of them becomes an event."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from datetime import date, datetime, time
+from decimal import Decimal
+from typing import Any, TypedDict, cast
+from urllib.parse import quote
+from uuid import UUID
+
+from sqlalchemy import Table, event, inspect
+from sqlalchemy.orm import Mapper, Session, object_session
+
+from outbox.content import DEFAULT_LIMITS, Limits
+from outbox.errors import SettingsError, UntrackedWrite
+from outbox.event import Operation, SyncEvent
+
+__all__ = ["Change", "Tracked", "Tracking", "columns_of", "identity_of"]
+
+Change = tuple[Operation, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Tracked:
+    """How one mapped class becomes events. Every mapping takes the object."""
+
+    entity: type[Any]
+    resource_type: str
+    tenant: Callable[[Any], str]
+    resource_id: Callable[[Any], str]
+    content: Callable[[Any], Any]
+    version: Callable[[Any], str | int | None]
+    fhir_version: str | None
+    limits: Limits
+
+    def event(self, operation: Operation, row: Any) -> SyncEvent:
+        """Return the event of a change to `row`. Raises `InvalidEvent`."""
+        build = {Operation.CREATE: SyncEvent.create, Operation.UPDATE: SyncEvent.update}.get(operation)
+        key = (self.resource_type, self.resource_id(row))
+        terms = _Terms(
+            tenant_id=self.tenant(row), version=self.version(row), fhir_version=self.fhir_version, limits=self.limits
+        )
+        return SyncEvent.delete(*key, **terms) if build is None else build(*key, self.content(row), **terms)
+
+
+class _Terms(TypedDict):
+    tenant_id: str
+    version: str | int | None
+    fhir_version: str | None
+    limits: Limits
+
+
+class Tracking:
+    """The tracked classes of one manager."""
+
+    def __init__(self) -> None:
+        self._tracked: dict[type[Any], Tracked] = {}
+
+    def track(
+        self,
+        entity: type[Any],
+        *,
+        resource_type: str | None = None,
+        tenant: Callable[[Any], str] | str = "default",
+        resource_id: Callable[[Any], str] | None = None,
+        content: Callable[[Any], Any] | None = None,
+        version: Callable[[Any], str | int | None] | None = None,
+        fhir_version: str | None = None,
+        limits: Limits = DEFAULT_LIMITS,
+    ) -> None:
+        """Keep `entity` and its subclasses in step. Raises `SettingsError` when it is not mapped or tracked already."""
+        if not isinstance(inspect(entity, raiseerr=False), Mapper):
+            raise SettingsError("track", f"{entity!r} is not a mapped class")
+        if entity in self._tracked:
+            raise SettingsError("track", f"{entity.__name__} is tracked already")
+        self._tracked[entity] = Tracked(
+            entity,
+            resource_type or entity.__name__,
+            tenant if callable(tenant) else lambda _: tenant,
+            resource_id or identity_of,
+            content or columns_of,
+            version or (lambda _: None),
+            fhir_version,
+            limits,
+        )
+        self._listen(entity)
+
+    def __iter__(self) -> Iterator[Tracked]:
+        """Iterate over what is tracked, in the order of the calls."""
+        return iter(self._tracked.values())
+
+    def of(self, entity: type[Any]) -> Tracked | None:
+        """Return how a class is tracked, itself or by the nearest of its bases."""
+        return next((self._tracked[base] for base in entity.__mro__ if base in self._tracked), None)
+
+    def of_table(self, table: Any) -> Tracked | None:
+        """Return the tracked class that a table belongs to."""
+        if not isinstance(table, Table):
+            return None
+        return next((each for each in self if table in inspect(each.entity).tables), None)
+
+    def _listen(self, entity: type[Any]) -> None:
+        # The mapper's events fire for exactly the rows a flush writes, cascades and orphans included.
+        for name, operation in (
+            ("after_insert", Operation.CREATE),
+            ("after_update", Operation.UPDATE),
+            ("after_delete", Operation.DELETE),
+        ):
+            event.listen(entity, name, _Collector(self, operation), propagate=True)
+
+
+class _Collector:
+    """Puts every written row of a tracked class on its session's list; a session that keeps none is refused."""
+
+    def __init__(self, tracking: Tracking, operation: Operation) -> None:
+        self._tracking = tracking
+        self._operation = operation
+
+    def __call__(self, _mapper: Any, _connection: Any, row: Any) -> None:
+        session = object_session(row)
+        assert session is not None, "a flush always has its session"
+        if self._operation is Operation.UPDATE and not session.is_modified(row, include_collections=False):
+            return
+        changes_of(session, type(row)).append((self._operation, row))
+
+
+def changes_of(session: Session, entity: type[Any]) -> list[Change]:
+    """Return the list of changes that a session's next flush hook will record. Raises `UntrackedWrite`."""
+    changes = session.info.get("outbox_changes")
+    if changes is None:
+        raise UntrackedWrite(
+            f"{entity.__name__} is tracked, but this session would record no event of the change; "
+            "use manager.session() or manager.sync_session()"
+        )
+    return cast("list[Change]", changes)
+
+
+def identity_of(row: Any) -> str:
+    """Return the primary key as text; the parts of a composite key are percent-escaped and joined by '/'."""
+    parts = inspect(row).identity or inspect(row).mapper.primary_key_from_instance(row)
+    if len(parts) == 1:
+        return str(parts[0])
+    return "/".join(quote(str(part), safe="") for part in parts)
+
+
+def columns_of(row: Any) -> dict[str, Any]:
+    """Return the mapped columns by attribute name.
+
+    Dates and times become ISO 8601 text, UUID and Decimal exact text; what JSON has no word for is refused later,
+    with its path.
+    """
+    return {attribute.key: _plain(getattr(row, attribute.key)) for attribute in inspect(row).mapper.column_attrs}
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, (datetime, date, time)):
+        return value.isoformat()
+    if isinstance(value, (UUID, Decimal)):
+        return str(value)
+    return value

@@ -1,0 +1,250 @@
+"""Carrier: the loop of one secondary. Claim, dispatch, settle; several attempts in flight."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from typing import TYPE_CHECKING, Any, NamedTuple
+from uuid import UUID
+
+from outbox.attempt import Attempt, Lost, Released, Result, Superseded
+from outbox.breaker import allowance, ease, probe, trip
+from outbox.claim import claim
+from outbox.dispatch import Dispatched, dispatch
+from outbox.lanes import Lanes, advance_floors
+from outbox.lease import expired
+from outbox.primary import PRIMARY_FAILED, Primary
+from outbox.prune import fold
+from outbox.register import Registration
+from outbox.retry import RetryPolicy
+from outbox.secondaries.base import Applied, Rejected, Retry, Stale
+from outbox.settings import SyncConfig
+from outbox.settle import settle
+from outbox.turn import Turn, take_turn
+
+if TYPE_CHECKING:
+    import asyncpg
+
+__all__ = ["Carrier", "InHand", "code_of"]
+
+_log = logging.getLogger("outbox.relay")
+
+_SHORTEST_SLEEP = 0.002
+_LOOK_EVERYWHERE_EVERY = 60.0
+_HANDING_BACK = 5.0
+_ANSWERED = (Applied, Stale, Retry, Rejected)
+
+
+class InHand(NamedTuple):
+    """An attempt and the task that is dispatching it."""
+
+    attempt: Attempt
+    dispatching: asyncio.Task[Dispatched]
+
+
+class Carrier:
+    """Carries what is owed to one secondary, for one relay."""
+
+    def __init__(
+        self, registration: Registration, primary: Primary, config: SyncConfig, policy: RetryPolicy, relay_id: UUID
+    ) -> None:
+        self.secondary = registration.secondary
+        self.backend_id = registration.backend_id
+        self.in_flight: dict[int, InHand] = {}
+        self._primary = primary
+        self._config = config
+        self._policy = policy
+        self._relay_id = relay_id
+        self._lanes = Lanes()
+        self._bell = asyncio.Event()
+        self._carrying: set[asyncio.Task[int]] = set()
+        self._defect: BaseException | None = None
+        self._stopping = False
+        self._strained = False
+        self._alone = False
+        self._look_everywhere_at = time.monotonic() + _LOOK_EVERYWHERE_EVERY
+
+    async def run(self) -> None:
+        """Carry until told to stop. A primary that fails is waited for; nothing is lost meanwhile."""
+        sleep = _SHORTEST_SLEEP
+        while not self._stopping:
+            self._raise_defect()
+            self._bell.clear()
+            try:
+                attempt = await self._claim() if self._has_room() else None
+            except PRIMARY_FAILED as error:
+                _log.warning("%s: claim failed (%s)", self.backend_id, code_of(error))
+                await self._primary.wait()
+                continue
+            if attempt is not None:
+                self._start(attempt)
+            elif not await self._rung(sleep):
+                sleep = min(sleep * 2, self._config.poll_interval.total_seconds())
+                continue
+            sleep = _SHORTEST_SLEEP
+
+    async def run_once(self) -> int:
+        """Carry one batch; return how many deliveries it held, 0 when nothing was due."""
+        attempt = await self._claim()
+        return 0 if attempt is None else await self._start(attempt)
+
+    def ring(self) -> None:
+        """Look again at once instead of at the next poll."""
+        self._bell.set()
+
+    async def stop(self, grace: float) -> None:
+        """Claim no more; after `grace` seconds hand back what is still out, with no attempt spent."""
+        self._stopping = True
+        self.ring()
+        carrying = set(self._carrying)
+        if carrying:
+            await asyncio.wait(carrying, timeout=grace)
+            self.give_up(set(self.in_flight))
+            await asyncio.wait(carrying, timeout=_HANDING_BACK)
+
+    def give_up(self, attempt_ids: set[int]) -> None:
+        """Stop dispatching these attempts; settling them hands back what is still ours."""
+        for attempt_id in attempt_ids & self.in_flight.keys():
+            self.in_flight[attempt_id].dispatching.cancel()
+
+    async def tidy(self) -> None:
+        """Fold finished attempts, raise the floors, and now and then look below them."""
+        async with self._primary.connection() as connection:
+            await fold(connection, self._config.database_schema, self.backend_id)
+            await advance_floors(connection, self._config.database_schema, self.backend_id, self._lanes)
+        if time.monotonic() >= self._look_everywhere_at:
+            self._lanes.look_everywhere()
+            self._look_everywhere_at = time.monotonic() + _LOOK_EVERYWHERE_EVERY
+
+    async def _claim(self) -> Attempt | None:
+        schema, backend_id = self._config.database_schema, self.backend_id
+        async with self._primary.connection() as connection, connection.transaction():
+            turn = await take_turn(connection, schema, backend_id)
+            if turn is None or turn.status in ("paused", "removed"):
+                return None
+            if not turn.lost_attempts:
+                return await self._claim_in_turn(connection, turn)
+            lost = await expired(connection, schema, backend_id, turn.folded_through, log_order=turn.log_order)
+        # Settled outside the turn, each by its own fence: whoever else found them loses.
+        for attempt in lost:
+            _log.warning("%s: taking over attempt %d, whose lease ran out", backend_id, attempt.attempt_id)
+            await self._settle(attempt, Dispatched(_lost(attempt)))
+        self.ring()
+        return None
+
+    async def _claim_in_turn(self, connection: asyncpg.Connection[Any], turn: Turn) -> Attempt | None:
+        room = allowance(turn, self._config.batch_size)
+        self._strained = turn.breaker != "closed" or turn.breaker_failures > 0 or turn.breaker_ramp is not None
+        if room == 0 or (self._strained and self.in_flight):
+            return None
+        # Suspects take turns with everybody else, so that many of them delay nobody for long.
+        self._alone = turn.suspects and not self._alone
+        attempt = await claim(
+            connection,
+            self._config.database_schema,
+            backend_id=self.backend_id,
+            relay_id=self._relay_id,
+            turn=turn,
+            batch_size=room,
+            lanes=self._lanes,
+            lease=self._config.lease,
+            alone=self._alone,
+        )
+        if attempt is not None and turn.breaker != "closed":
+            await probe(connection, self._config.database_schema, self.backend_id, self._config.lease)
+        return attempt
+
+    def _start(self, attempt: Attempt) -> asyncio.Task[int]:
+        dispatching = asyncio.create_task(dispatch(self.secondary, attempt, self._config.attempt_deadline))
+        self.in_flight[attempt.attempt_id] = InHand(attempt, dispatching)
+        carrying = asyncio.create_task(self._carry(attempt, dispatching))
+        self._carrying.add(carrying)
+        carrying.add_done_callback(self._carried)
+        return carrying
+
+    async def _carry(self, attempt: Attempt, dispatching: asyncio.Task[Dispatched]) -> int:
+        try:
+            await asyncio.wait({dispatching})
+        except asyncio.CancelledError:
+            dispatching.cancel()
+            async with asyncio.timeout(_HANDING_BACK):
+                await asyncio.wait({dispatching})
+                await self._settle(attempt, Dispatched(_released(attempt)))
+            raise
+        finally:
+            self.in_flight.pop(attempt.attempt_id, None)
+        dispatched = Dispatched(_released(attempt)) if dispatching.cancelled() else dispatching.result()
+        await self._settle(attempt, dispatched)
+        return len(attempt.claimed)
+
+    def _carried(self, carrying: asyncio.Task[int]) -> None:
+        self._carrying.discard(carrying)
+        if not carrying.cancelled() and (error := carrying.exception()) is not None:
+            self._defect = error
+        # Its keys are free again, and there is room for another attempt.
+        self.ring()
+
+    async def _settle(self, attempt: Attempt, dispatched: Dispatched) -> None:
+        """Record the outcome, however often the primary goes away; the fence tells whether it was still ours."""
+        unavailable = dispatched.unavailable
+        while True:
+            try:
+                async with self._primary.connection() as connection:
+                    ours = await settle(
+                        connection,
+                        self._config.database_schema,
+                        self._relay_id,
+                        attempt,
+                        dispatched.results,
+                        self._policy,
+                        error_code=unavailable.code if unavailable else None,
+                    )
+                    await self._mind_breaker(connection, dispatched)
+                break
+            except PRIMARY_FAILED as error:
+                _log.warning("%s: settle failed (%s)", self.backend_id, code_of(error))
+                await self._primary.wait()
+        if not ours:
+            _log.warning("%s: attempt %d was no longer ours; dropped", self.backend_id, attempt.attempt_id)
+
+    async def _mind_breaker(self, connection: asyncpg.Connection[Any], dispatched: Dispatched) -> None:
+        schema, unavailable = self._config.database_schema, dispatched.unavailable
+        if unavailable is not None:
+            await trip(connection, schema, self.backend_id, self._config, unavailable.retry_after)
+            self._strained = True
+        elif self._strained and any(isinstance(each, _ANSWERED) for each in dispatched.results.values()):
+            await ease(connection, schema, self.backend_id, self._config.batch_size)
+
+    def _has_room(self) -> bool:
+        return len(self._carrying) < self._config.attempts_in_flight
+
+    async def _rung(self, sleep: float) -> bool:
+        try:
+            async with asyncio.timeout(sleep if self._has_room() else None):
+                await self._bell.wait()
+        except TimeoutError:
+            return False
+        return True
+
+    def _raise_defect(self) -> None:
+        if self._defect is not None:
+            raise self._defect
+
+
+def code_of(error: BaseException) -> str:
+    """Return what an error is, without its text: a driver's text may quote values."""
+    return getattr(error, "sqlstate", None) or type(error).__name__
+
+
+def _released(attempt: Attempt) -> dict[int, Result]:
+    return {each.position: Released() for each in attempt.claimed}
+
+
+def _lost(attempt: Attempt) -> dict[int, Result]:
+    if attempt.log_order:
+        return {each.position: Lost() for each in attempt.claimed}
+    newest = {each.event.key: each.position for each in attempt.claimed}
+    return {
+        each.position: Lost() if newest[each.event.key] == each.position else Superseded() for each in attempt.claimed
+    }

@@ -1,0 +1,71 @@
+"""Lease: keep an attempt while its secondary works, and find the attempts that outlived theirs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from datetime import timedelta
+from itertools import groupby
+from typing import TYPE_CHECKING, Any
+from uuid import UUID
+
+from outbox.attempt import Attempt, Claimed
+from outbox.schema import Statement
+
+if TYPE_CHECKING:
+    import asyncpg
+
+__all__ = ["EXPIRED", "HEARTBEAT", "expired", "heartbeat"]
+
+HEARTBEAT = Statement("""
+update {schema}.outbox_attempt as attempt
+set lease_until = clock_timestamp() + cast(:lease as interval)
+from unnest(cast(:backend_ids as text[]), cast(:attempt_ids as bigint[])) as mine (backend_id, attempt_id)
+where attempt.backend_id = mine.backend_id and attempt.attempt_id = mine.attempt_id
+  and attempt.relay_id = cast(:relay_id as uuid) and attempt.finished_at is null
+returning attempt.attempt_id
+""")
+
+# The columns are those of a claim, without content: nobody is going to dispatch from here.
+EXPIRED = Statement("""
+select attempt.attempt_id,
+       hold.attempts, coalesce(hold.lost, 0) as lost,
+       statement_timestamp() - hold.first_failed_at as failing_for,
+       hashtextextended(event.tenant_id || '/' || event.resource_type || '/' || event.resource_id, 0) as key_hash,
+       event.tenant_id, event.resource_type, event.resource_id, event.operation, null as content, event.version,
+       event.fhir_version, event.bulk_id, cast(event.headers as text) as headers, event.event_id, event.created_at
+from {schema}.outbox_attempt as attempt
+cross join unnest(attempt.event_ids) as owed (event_id)
+join {schema}.outbox as event on event.event_id = owed.event_id
+left join {schema}.outbox_hold as hold
+  on hold.backend_id = attempt.backend_id and hold.tenant_id = event.tenant_id
+ and hold.resource_type = event.resource_type and hold.resource_id = event.resource_id
+where attempt.backend_id = :backend_id and attempt.attempt_id > :folded_through
+  and attempt.finished_at is null and attempt.lease_until < statement_timestamp()
+order by attempt.attempt_id, event.event_id
+""")
+
+
+async def heartbeat(
+    connection: asyncpg.Connection[Any], schema: str, relay_id: UUID, attempts: Sequence[Attempt], lease: timedelta
+) -> set[int]:
+    """Renew the leases of `attempts`; return the ids of those that are still this relay's."""
+    parameters = {
+        "lease": lease,
+        "backend_ids": [attempt.backend_id for attempt in attempts],
+        "attempt_ids": [attempt.attempt_id for attempt in attempts],
+        "relay_id": relay_id,
+    }
+    rows = await connection.fetch(*HEARTBEAT.arguments(schema, parameters))
+    return {row[0] for row in rows}
+
+
+async def expired(
+    connection: asyncpg.Connection[Any], schema: str, backend_id: str, folded_through: int, *, log_order: bool
+) -> list[Attempt]:
+    """Return the open attempts whose lease ran out, whoever held them."""
+    parameters = {"backend_id": backend_id, "folded_through": folded_through}
+    rows = await connection.fetch(*EXPIRED.arguments(schema, parameters))
+    return [
+        Attempt(attempt_id, backend_id, log_order, [Claimed.from_row(row[1:]) for row in group])
+        for attempt_id, group in groupby(rows, key=lambda row: row[0])
+    ]

@@ -1,0 +1,129 @@
+"""Primary: the relay's own connections, their pinned plans, and coming back after the primary went away."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any
+
+import asyncpg
+from sqlalchemy.exc import SQLAlchemyError
+from sqlalchemy.ext.asyncio import AsyncEngine
+from tenacity import AsyncRetrying, RetryCallState, retry_if_exception_type, wait_exponential_jitter
+
+from outbox.errors import SettingsError
+from outbox.settings import SyncConfig
+
+__all__ = ["PRIMARY_FAILED", "Primary"]
+
+_log = logging.getLogger("outbox.primary")
+
+PRIMARY_FAILED = (asyncpg.PostgresError, asyncpg.InterfaceError, SQLAlchemyError, OSError, TimeoutError)
+"""What talking to the primary may raise; everything else is a defect and is not retried."""
+
+# The claim's plan must not depend on statistics: what was planned while the tables were empty is what a cached
+# plan would stay with. Every access is by an index that exists for it.
+_PINNED = {
+    "enable_seqscan": "off",
+    "enable_bitmapscan": "off",
+    "enable_hashjoin": "off",
+    "enable_mergejoin": "off",
+    "plan_cache_mode": "force_generic_plan",
+    "jit": "off",
+    "timezone": "UTC",
+    "application_name": "outbox relay",
+    "default_transaction_isolation": "read committed",
+}
+
+
+class Primary:
+    """A small pool made through the application's engine, so its addresses, TLS and credentials apply here too."""
+
+    def __init__(self, engine: AsyncEngine, config: SyncConfig) -> None:
+        if engine.dialect.driver != "asyncpg":
+            raise SettingsError("engine", f"a relay needs a postgresql+asyncpg engine, not {engine.dialect.driver}")
+        self._engine = engine
+        self._config = config
+        self._pool: asyncpg.Pool[asyncpg.Record] | None = None
+
+    async def open(self) -> None:
+        """Create the pool; its connections are made when first needed."""
+        self._pool = await asyncpg.create_pool(
+            min_size=0,
+            max_size=self._config.relay_connections,
+            connect=self._connect,
+            init=self.pin,
+            reset=_nothing,
+        )
+
+    async def close(self) -> None:
+        """Close the pool, waiting a moment for statements under way."""
+        if self._pool is None:
+            return
+        pool, self._pool = self._pool, None
+        try:
+            await asyncio.wait_for(pool.close(), timeout=5)
+        except PRIMARY_FAILED:
+            pool.terminate()
+
+    @asynccontextmanager
+    async def connection(self) -> AsyncIterator[asyncpg.Connection[Any]]:
+        """Lend a connection of the pool for one statement or one short transaction."""
+        assert self._pool is not None, "open the primary first"
+        async with self._pool.acquire() as connection:
+            yield connection  # type: ignore[misc]
+
+    async def reserved(self) -> asyncpg.Connection[Any]:
+        """Return a connection of its own, outside the pool; the caller closes it."""
+        connection = await self._connect()
+        await self.pin(connection)
+        return connection
+
+    async def pin(self, connection: asyncpg.Connection[Any]) -> None:
+        """Pin the plans, and bound how long anything may take or sit on a lock."""
+        limit = f"{int(self._config.statement_timeout.total_seconds() * 1000)}"
+        settings = _PINNED | {
+            "statement_timeout": limit,
+            "lock_timeout": limit,
+            # A client that stalls inside a claim must not keep the secondary's registry row.
+            "idle_in_transaction_session_timeout": limit,
+        }
+        names, values = list(settings), list(settings.values())
+        await connection.execute(
+            "select set_config(name, value, false) from unnest($1::text[], $2::text[]) as setting (name, value)",
+            names,
+            values,
+        )
+
+    async def wait(self) -> None:
+        """Return once the primary answers; tries for ever, with jittered backoff up to 10 s."""
+        retrying = AsyncRetrying(
+            wait=wait_exponential_jitter(initial=0.1, max=10),
+            retry=retry_if_exception_type(PRIMARY_FAILED),
+            before_sleep=_log_wait,
+        )
+        await retrying(self._answers)
+
+    async def _answers(self) -> None:
+        async with asyncio.timeout(10), self.connection() as connection:
+            await connection.fetchval("select 1")
+
+    async def _connect(self, *_: Any, **__: Any) -> asyncpg.Connection[Any]:
+        raw = await self._engine.raw_connection()
+        driver: Any = raw.driver_connection
+        # Ours from now on: the application's pool gets its place back.
+        raw.detach()
+        return driver  # type: ignore[no-any-return]
+
+
+async def _nothing(_: asyncpg.Connection[Any]) -> None:
+    """A relay's connection carries no state worth a round trip to reset."""
+
+
+def _log_wait(state: RetryCallState) -> None:
+    error = state.outcome.exception() if state.outcome else None
+    code = getattr(error, "sqlstate", None) or type(error).__name__
+    wait = state.next_action.sleep if state.next_action else 0.0
+    _log.warning("the primary does not answer (%s); trying again in %.1f s", code, wait)

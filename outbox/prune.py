@@ -1,0 +1,121 @@
+"""Prune: fold what is finished into the totals, and forget what every secondary has."""
+
+from __future__ import annotations
+
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any
+
+from outbox.schema import Statement
+from outbox.turn import take_turn
+
+if TYPE_CHECKING:
+    import asyncpg
+
+__all__ = ["FOLD", "PRUNE_ATTEMPTS", "PRUNE_EVENTS", "fold", "prune_attempts", "prune_events"]
+
+# Attempts are created under the registry row's lock, which the folder holds: none can appear below an open one.
+FOLD = Statement("""
+with reach as (
+    select coalesce(
+        min(attempt.attempt_id) filter (where attempt.finished_at is null) - 1, max(attempt.attempt_id)
+    ) as attempt_id
+    from {schema}.outbox_attempt as attempt
+    where attempt.backend_id = :backend_id and attempt.attempt_id > :folded_through
+), total as (
+    select sum(attempt.applied) as applied, sum(attempt.stale) as stale, sum(attempt.superseded) as superseded,
+           sum(attempt.retried) as retried, sum(attempt.rejected) as rejected, sum(attempt.released) as released,
+           sum(attempt.lost) as lost,
+           max(attempt.finished_at) filter (where attempt.applied + attempt.stale > 0) as last_success_at,
+           max(attempt.finished_at) filter (where attempt.error_code is not null) as last_error_at,
+           (array_agg(attempt.error_code order by attempt.finished_at desc)
+               filter (where attempt.error_code is not null))[1] as last_error_code
+    from {schema}.outbox_attempt as attempt cross join reach
+    where attempt.backend_id = :backend_id and attempt.attempt_id > :folded_through
+      and attempt.attempt_id <= reach.attempt_id
+)
+update {schema}.outbox_secondary as secondary
+set folded_through = reach.attempt_id,
+    applied = secondary.applied + total.applied, stale = secondary.stale + total.stale,
+    superseded = secondary.superseded + total.superseded, retried = secondary.retried + total.retried,
+    rejected = secondary.rejected + total.rejected, released = secondary.released + total.released,
+    lost = secondary.lost + total.lost,
+    last_success_at = greatest(secondary.last_success_at, total.last_success_at),
+    last_error_at = greatest(secondary.last_error_at, total.last_error_at),
+    last_error_code = coalesce(total.last_error_code, secondary.last_error_code)
+from reach cross join total
+where secondary.backend_id = :backend_id and reach.attempt_id > :folded_through and total.applied is not null
+""")
+
+# One snapshot decides: a delivery is either waiting, in hand or held, and moves between them in one transaction.
+PRUNE_EVENTS = Statement("""
+with page as materialized (
+    select event.event_id, cast(hashtextextended(event.tenant_id, 0) & 63 as smallint) as lane
+    from {schema}.outbox as event
+    where event.event_id > :after and event.created_at < statement_timestamp() - cast(:keep as interval)
+    order by event.event_id
+    limit :page_size
+), owed as materialized (
+    select page.event_id
+    from page
+    cross join {schema}.outbox_secondary as secondary
+    join {schema}.outbox_delivery as delivery on delivery.backend_id = secondary.backend_id
+     and delivery.lane = page.lane and delivery.event_id = page.event_id
+    union all
+    select unnest(attempt.event_ids)
+    from {schema}.outbox_secondary as secondary
+    join {schema}.outbox_attempt as attempt
+      on attempt.backend_id = secondary.backend_id and attempt.attempt_id > secondary.folded_through
+    where attempt.finished_at is null
+    union all
+    select unnest(hold.event_ids) from {schema}.outbox_hold as hold
+), gone as (
+    delete from {schema}.outbox as event
+    using page
+    where event.event_id = page.event_id and page.event_id not in (select event_id from owed)
+)
+select max(event_id) from page
+""")
+
+PRUNE_ATTEMPTS = Statement("""
+with page as materialized (
+    select attempt.backend_id, attempt.attempt_id
+    from {schema}.outbox_secondary as secondary
+    cross join lateral (
+        select attempt.backend_id, attempt.attempt_id
+        from {schema}.outbox_attempt as attempt
+        where attempt.backend_id = secondary.backend_id and attempt.attempt_id <= secondary.folded_through
+          and attempt.finished_at < statement_timestamp() - cast(:keep as interval)
+        order by attempt.attempt_id
+        limit :page_size
+    ) as attempt
+)
+delete from {schema}.outbox_attempt as attempt
+using page
+where attempt.backend_id = page.backend_id and attempt.attempt_id = page.attempt_id
+""")
+
+_PAGE = 1_000
+
+
+async def fold(connection: asyncpg.Connection[Any], schema: str, backend_id: str) -> None:
+    """Add the closed attempts below the oldest open one to the secondary's totals; does nothing if it is busy."""
+    async with connection.transaction():
+        turn = await take_turn(connection, schema, backend_id)
+        if turn is not None:
+            parameters = {"backend_id": backend_id, "folded_through": turn.folded_through}
+            await connection.execute(*FOLD.arguments(schema, parameters))
+
+
+async def prune_events(connection: asyncpg.Connection[Any], schema: str, keep: timedelta, after: int) -> int | None:
+    """Delete one page of events above `after` that are older than `keep` and owed to nobody.
+
+    Return the last position looked at, to go on from, or None when there was nothing old enough left.
+    """
+    parameters = {"after": after, "keep": keep, "page_size": _PAGE}
+    last: int | None = await connection.fetchval(*PRUNE_EVENTS.arguments(schema, parameters))
+    return last
+
+
+async def prune_attempts(connection: asyncpg.Connection[Any], schema: str, keep: timedelta) -> None:
+    """Delete one page per secondary of attempts that are folded and closed for longer than `keep`."""
+    await connection.execute(*PRUNE_ATTEMPTS.arguments(schema, {"keep": keep, "page_size": _PAGE}))

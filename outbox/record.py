@@ -1,0 +1,207 @@
+"""Record: write events and what is owed of them, on the caller's connection, inside the caller's transaction."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Iterable, Sequence
+from functools import cache
+from typing import TYPE_CHECKING, Any, overload
+
+from sqlalchemy import Connection, TextClause, text
+from sqlalchemy.ext.asyncio import AsyncConnection
+
+from outbox.errors import NoSecondary, NotInTransaction
+from outbox.event import SyncEvent
+from outbox.schema import Statement, dialect_of
+
+if TYPE_CHECKING:
+    import asyncpg
+    import psycopg
+
+__all__ = ["RECORD", "arrays", "record"]
+
+# The transaction gets its id before it draws a position: whoever reads the sequence and then the running
+# transactions has seen every writer that may still commit a lower position. Positions are drawn in the
+# order given, and rows are counted back without RETURNING, so an insert-only role can record.
+RECORD = Statement("""
+with writer as materialized (
+    select pg_current_xact_id() as transaction_id
+), event as materialized (
+    select nextval('{schema}.outbox_event_id_seq') as event_id, given.*
+    from writer cross join unnest(
+        cast(:tenant_ids as text[]), cast(:resource_types as text[]), cast(:resource_ids as text[]),
+        cast(:operations as text[]), cast(:versions as text[]), cast(:fhir_versions as text[]),
+        cast(:contents as text[]), cast(:bulk_ids as uuid[]), cast(:headers as text[])
+    ) as given (tenant_id, resource_type, resource_id, operation, version, fhir_version, content, bulk_id, headers)
+), written as (
+    insert into {schema}.outbox
+        (event_id, tenant_id, resource_type, resource_id, operation, version, fhir_version, content, bulk_id, headers)
+    overriding system value
+    select event_id, tenant_id, resource_type, resource_id, operation, version, fhir_version,
+           cast(content as json), bulk_id, cast(headers as json)
+    from event
+), owed as (
+    insert into {schema}.outbox_delivery (backend_id, lane, event_id, key_hash)
+    select secondary.backend_id,
+           cast(hashtextextended(event.tenant_id, 0) & 63 as smallint),
+           event.event_id,
+           hashtextextended(event.tenant_id || '/' || event.resource_type || '/' || event.resource_id, 0)
+    from {schema}.outbox_secondary as secondary
+    cross join event
+    where secondary.status in ('shadow', 'live', 'paused')
+      and (secondary.tenant_ids is null or event.tenant_id = any (secondary.tenant_ids))
+      and (secondary.resource_types is null or event.resource_type = any (secondary.resource_types))
+      and (cast(:backend_ids as text[]) is null or secondary.backend_id = any (cast(:backend_ids as text[])))
+)
+select event_id, exists (select from {schema}.outbox_secondary) as anybody from event
+""")
+
+_ROWS_PER_STATEMENT = 1_000
+
+
+@overload
+def record(
+    connection: Connection | psycopg.Connection[Any],
+    events: SyncEvent | Iterable[SyncEvent],
+    *,
+    schema: str = "public",
+    backend_ids: Sequence[str] | None = None,
+) -> list[int]: ...
+
+
+@overload
+def record(
+    connection: AsyncConnection | asyncpg.Connection[Any] | psycopg.AsyncConnection[Any],
+    events: SyncEvent | Iterable[SyncEvent],
+    *,
+    schema: str = "public",
+    backend_ids: Sequence[str] | None = None,
+) -> Awaitable[list[int]]: ...
+
+
+def record(
+    connection: Any,
+    events: SyncEvent | Iterable[SyncEvent],
+    *,
+    schema: str = "public",
+    backend_ids: Sequence[str] | None = None,
+) -> list[int] | Awaitable[list[int]]:
+    """Write events and their deliveries on `connection`; return their positions, in the order given.
+
+    `connection` is a raw SQLAlchemy, asyncpg or psycopg connection with a transaction open; call this **after** the
+    business rows were written, so that the row locks put the events of one key in commit order. The async kinds
+    return an awaitable. One statement carries up to 1,000 events. `backend_ids` limits who is owed.
+
+    Raises `NotInTransaction` before any SQL when the connection would commit by itself, and `NoSecondary` when no
+    secondary was ever registered, because then nobody would get the events.
+    """
+    chosen = [events] if isinstance(events, SyncEvent) else list(events)
+    if isinstance(connection, Connection):
+        return _record_on_sqlalchemy(connection, chosen, schema, backend_ids)
+    if isinstance(connection, AsyncConnection):
+        return connection.run_sync(_record_on_sqlalchemy, chosen, schema, backend_ids)
+    return _record_on_driver(connection, chosen, schema, backend_ids)
+
+
+def arrays(events: Sequence[SyncEvent], backend_ids: Sequence[str] | None) -> dict[str, Any]:
+    """Return the parameters of `RECORD` for these events."""
+    return {
+        "tenant_ids": [event.tenant_id for event in events],
+        "resource_types": [event.resource_type for event in events],
+        "resource_ids": [event.resource_id for event in events],
+        "operations": [str(event.operation) for event in events],
+        "versions": [event.version for event in events],
+        "fhir_versions": [event.fhir_version for event in events],
+        "contents": [event.content for event in events],
+        "bulk_ids": [event.bulk_id and str(event.bulk_id) for event in events],
+        "headers": [event.headers for event in events],
+        "backend_ids": None if backend_ids is None else list(backend_ids),
+    }
+
+
+def _chunks(events: list[SyncEvent]) -> Iterable[list[SyncEvent]]:
+    for start in range(0, len(events), _ROWS_PER_STATEMENT):
+        yield events[start : start + _ROWS_PER_STATEMENT]
+
+
+def _positions(rows: Sequence[Any]) -> list[int]:
+    if rows and not rows[0][1]:
+        raise NoSecondary(
+            "record: no secondary is registered, so nobody would ever get these events; "
+            "start a relay, or call `await manager.register()`, before the first write"
+        )
+    return sorted(row[0] for row in rows)
+
+
+def _record_on_sqlalchemy(
+    connection: Connection, events: list[SyncEvent], schema: str, backend_ids: Sequence[str] | None
+) -> list[int]:
+    if getattr(connection.connection.dbapi_connection, "autocommit", False):
+        raise _no_transaction()
+    statement = _sqlalchemy_text(schema)
+    positions: list[int] = []
+    for chunk in _chunks(events):
+        positions += _positions(connection.execute(statement, arrays(chunk, backend_ids)).all())
+    return positions
+
+
+def _record_on_driver(
+    connection: Any, events: list[SyncEvent], schema: str, backend_ids: Sequence[str] | None
+) -> list[int] | Awaitable[list[int]]:
+    kind = type(connection).__module__.partition(".")[0]
+    if kind == "asyncpg":
+        return _record_on_asyncpg(connection, events, schema, backend_ids)
+    if kind != "psycopg":
+        raise TypeError(f"record: takes a SQLAlchemy, asyncpg or psycopg connection, not {type(connection)!r}")
+    if hasattr(connection, "__aenter__"):
+        return _record_on_async_psycopg(connection, events, schema, backend_ids)
+    _refuse_idle_autocommit(connection)
+    positions: list[int] = []
+    for chunk in _chunks(events):
+        cursor = connection.execute(_psycopg_text(schema), arrays(chunk, backend_ids))
+        positions += _positions(cursor.fetchall())
+    return positions
+
+
+async def _record_on_asyncpg(
+    connection: Any, events: list[SyncEvent], schema: str, backend_ids: Sequence[str] | None
+) -> list[int]:
+    if not connection.is_in_transaction():
+        raise _no_transaction()
+    positions: list[int] = []
+    for chunk in _chunks(events):
+        positions += _positions(await connection.fetch(*RECORD.arguments(schema, arrays(chunk, backend_ids))))
+    return positions
+
+
+async def _record_on_async_psycopg(
+    connection: Any, events: list[SyncEvent], schema: str, backend_ids: Sequence[str] | None
+) -> list[int]:
+    _refuse_idle_autocommit(connection)
+    positions: list[int] = []
+    for chunk in _chunks(events):
+        cursor = await connection.execute(_psycopg_text(schema), arrays(chunk, backend_ids))
+        positions += _positions(await cursor.fetchall())
+    return positions
+
+
+def _refuse_idle_autocommit(connection: Any) -> None:
+    # In autocommit only an explicit transaction block carries the event; status 0 is "idle".
+    if connection.autocommit and connection.info.transaction_status == 0:
+        raise _no_transaction()
+
+
+def _no_transaction() -> NotInTransaction:
+    return NotInTransaction(
+        "record: the connection has no transaction open, so the event could be stored without its change; "
+        "begin a transaction, write the business rows, then record"
+    )
+
+
+@cache
+def _sqlalchemy_text(schema: str) -> TextClause:
+    return text(RECORD.on(schema))
+
+
+@cache
+def _psycopg_text(schema: str) -> str:
+    return str(_sqlalchemy_text(schema).compile(dialect=dialect_of("psycopg")))

@@ -1,0 +1,76 @@
+"""Register: write to the registry which secondaries there are and what they want."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from sqlalchemy import Connection, text
+
+from outbox.errors import SettingsError
+from outbox.schema import Statement
+from outbox.secondaries.base import Secondary
+
+__all__ = ["REGISTER", "Registration", "register"]
+
+REGISTER = Statement("""
+insert into {schema}.outbox_secondary as secondary (backend_id, role, ordering, tenant_ids, resource_types)
+select given.backend_id, given.role, given.ordering,
+       cast(given.tenant_ids as text[]), cast(given.resource_types as text[])
+from unnest(
+    cast(:backend_ids as text[]), cast(:roles as text[]), cast(:orderings as text[]),
+    cast(:tenant_ids as text[]), cast(:resource_types as text[])
+) as given (backend_id, role, ordering, tenant_ids, resource_types)
+on conflict (backend_id) do update
+set role = excluded.role, ordering = excluded.ordering, tenant_ids = excluded.tenant_ids,
+    resource_types = excluded.resource_types
+where (secondary.role, secondary.ordering, secondary.tenant_ids, secondary.resource_types)
+    is distinct from (excluded.role, excluded.ordering, excluded.tenant_ids, excluded.resource_types)
+""")
+
+_BACKEND_ID = re.compile(r"[a-z][a-z0-9_-]{0,62}")
+
+
+@dataclass(frozen=True, slots=True)
+class Registration:
+    """A secondary and its terms: what it is for, which order it needs, which tenants and types it wants (None: all).
+
+    `state` order delivers only the newest of several due events of a key; `log` order delivers every event, in order.
+    """
+
+    secondary: Secondary
+    role: Literal["search", "graph", "terminology", "archive", "cache"] = "search"
+    ordering: Literal["state", "log"] = "state"
+    tenant_ids: Sequence[str] | None = None
+    resource_types: Sequence[str] | None = None
+
+    def __post_init__(self) -> None:
+        if not _BACKEND_ID.fullmatch(self.backend_id):
+            raise SettingsError("backend_id", f"{self.backend_id!r} must match [a-z][a-z0-9_-]{{0,62}}")
+
+    @property
+    def backend_id(self) -> str:
+        """The secondary's name."""
+        return self.secondary.backend_id
+
+
+def register(connection: Connection, schema: str, registrations: Sequence[Registration]) -> None:
+    """Make the registry say what `registrations` say; from the commit on, every new event is owed to them."""
+    parameters: dict[str, Any] = {
+        "backend_ids": [each.backend_id for each in registrations],
+        "roles": [each.role for each in registrations],
+        "orderings": [each.ordering for each in registrations],
+        "tenant_ids": [_literal(each.tenant_ids) for each in registrations],
+        "resource_types": [_literal(each.resource_types) for each in registrations],
+    }
+    connection.execute(text(REGISTER.on(schema)), parameters)
+
+
+def _literal(names: Sequence[str] | None) -> str | None:
+    """An array literal: arrays of unequal length cannot be unnested side by side, their literals can."""
+    if names is None:
+        return None
+    quoted = (name.replace("\\", "\\\\").replace('"', '\\"') for name in names)
+    return "{" + ",".join(f'"{name}"' for name in quoted) + "}"

@@ -1,0 +1,221 @@
+"""Relay: one process that carries what is owed to its secondaries, each in a loop of its own."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import signal
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import asynccontextmanager
+from typing import Any
+from uuid import uuid4
+
+from sqlalchemy.ext.asyncio import AsyncEngine
+
+from outbox.carrier import Carrier, code_of
+from outbox.errors import UnknownSecondary
+from outbox.lease import heartbeat
+from outbox.primary import PRIMARY_FAILED, Primary
+from outbox.prune import prune_attempts, prune_events
+from outbox.register import Registration, register
+from outbox.retry import RetryPolicy
+from outbox.schema import LISTEN_CHANNEL
+from outbox.settings import SyncConfig
+from outbox.wakeup import Doorbell
+
+__all__ = ["Relay"]
+
+_log = logging.getLogger("outbox.relay")
+
+
+class Relay:
+    """Claims, dispatches and settles for its secondaries until it is stopped. Any number may run beside each other.
+
+    `run` is for a process, `run_once` and `drain` are for scripts and tests. Made by `SyncManager.relay()`.
+    """
+
+    def __init__(
+        self,
+        engine: AsyncEngine,
+        registrations: Sequence[Registration],
+        config: SyncConfig,
+        policy: RetryPolicy,
+        doorbell: Doorbell,
+    ) -> None:
+        # Random for every start of a process: a host name that comes back must not inherit leases.
+        self.relay_id = uuid4()
+        self._engine = engine
+        self._registrations = registrations
+        self._config = config
+        self._doorbell = doorbell
+        self._primary = Primary(engine, config)
+        self._carriers = {
+            each.backend_id: Carrier(each, self._primary, config, policy, self.relay_id) for each in registrations
+        }
+        self._stop = asyncio.Event()
+        self._hurry = asyncio.Event()
+        self._users = 0
+        self._background: list[asyncio.Task[None]] = []
+
+    async def run(self) -> None:
+        """Carry until `stop` is called or this task is cancelled; then finish or hand back what is in hand."""
+        async with self._opened():
+            loops = [asyncio.create_task(carrier.run()) for carrier in self._carriers.values()]
+            loops.append(asyncio.create_task(self._every(self._config.prune_interval.total_seconds(), self._tidy)))
+            stopping = asyncio.create_task(self._stop.wait())
+            try:
+                done, _ = await asyncio.wait({*loops, stopping}, return_when=asyncio.FIRST_COMPLETED)
+                for ended in done - {stopping}:
+                    ended.result()
+            finally:
+                await self._wind_down([*loops, stopping])
+
+    async def run_once(self, backend_id: str) -> int:
+        """Carry one batch to one secondary; return how many deliveries it held, 0 when nothing was due."""
+        if backend_id not in self._carriers:
+            raise UnknownSecondary(backend_id, f"this relay has {', '.join(sorted(self._carriers)) or 'none'}")
+        async with self._opened():
+            return await self._carriers[backend_id].run_once()
+
+    async def drain(self) -> int:
+        """Carry until nothing is due at any secondary; return how many deliveries that was.
+
+        What waits for its next attempt, or for a breaker, is not due.
+        """
+        async with self._opened():
+            counts = await asyncio.gather(*(self._drain(carrier) for carrier in self._carriers.values()))
+        return sum(counts)
+
+    def stop(self, *, at_once: bool = False) -> None:
+        """Ask `run` to end: finish what is in hand within the grace period, or hand it back `at_once`."""
+        self._stop.set()
+        if at_once:
+            self._hurry.set()
+
+    def stop_on_signals(self) -> None:
+        """Stop on SIGTERM and SIGINT; the second signal hurries. Call from inside the running loop."""
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, lambda: self.stop(at_once=self._stop.is_set()))
+
+    async def _drain(self, carrier: Carrier) -> int:
+        total = 0
+        while carried := await carrier.run_once():
+            total += carried
+        return total
+
+    @asynccontextmanager
+    async def _opened(self) -> AsyncIterator[None]:
+        """Connections, heartbeats and the ear at the door, shared by all who are inside."""
+        self._users += 1
+        if self._users == 1:
+            await self._primary.open()
+            await self._primary.wait()
+            await self._register()
+            self._background = [asyncio.create_task(self._watch())]
+        try:
+            yield
+        finally:
+            self._users -= 1
+            if self._users == 0:
+                await _cancelled(self._background)
+                await self._primary.close()
+
+    async def _register(self) -> None:
+        async with self._engine.begin() as connection:
+            await connection.run_sync(register, self._config.database_schema, self._registrations)
+
+    async def _wind_down(self, loops: list[asyncio.Task[Any]]) -> None:
+        hurry = asyncio.create_task(self._hurry.wait())
+        stopping = asyncio.create_task(self._stop_carriers())
+        await asyncio.wait({hurry, stopping}, return_when=asyncio.FIRST_COMPLETED)
+        if not stopping.done():
+            for carrier in self._carriers.values():
+                carrier.give_up(set(carrier.in_flight))
+            await asyncio.wait({stopping})
+        await _cancelled([*loops, hurry])
+
+    async def _stop_carriers(self) -> None:
+        grace = self._config.shutdown_grace.total_seconds() if self._stop.is_set() else 0.0
+        await asyncio.gather(*(carrier.stop(grace) for carrier in self._carriers.values()))
+
+    async def _watch(self) -> None:
+        """Keep the leases of this relay and listen for the doorbell, on a connection nothing else can starve."""
+        unsubscribe = self._doorbell.subscribe(self._rung_from(asyncio.get_running_loop()))
+        try:
+            while True:
+                try:
+                    await self._watch_on_one_connection()
+                except PRIMARY_FAILED as error:
+                    _log.warning("the watching connection failed (%s)", code_of(error))
+                    await self._primary.wait()
+        finally:
+            unsubscribe()
+
+    async def _watch_on_one_connection(self) -> None:
+        connection = await self._primary.reserved()
+        try:
+            await connection.add_listener(LISTEN_CHANNEL, self._heard)
+            # Whatever was rung while nobody listened is found by looking once.
+            self._ring()
+            await self._every(
+                self._config.lease.total_seconds() / 3, lambda: self._keep_leases(connection), inline=True
+            )
+        finally:
+            connection.terminate()
+
+    async def _keep_leases(self, connection: Any) -> None:
+        mine = {
+            attempt_id: (carrier, hand.attempt)
+            for carrier in self._carriers.values()
+            for attempt_id, hand in carrier.in_flight.items()
+        }
+        if not mine:
+            await connection.fetchval("select 1")
+            return
+        attempts = [attempt for _, attempt in mine.values()]
+        kept = await heartbeat(connection, self._config.database_schema, self.relay_id, attempts, self._config.lease)
+        for attempt_id in mine.keys() - kept:
+            mine[attempt_id][0].give_up({attempt_id})
+
+    async def _tidy(self) -> None:
+        schema = self._config.database_schema
+        for carrier in self._carriers.values():
+            await carrier.tidy()
+        async with self._primary.connection() as connection:
+            await prune_attempts(connection, schema, self._config.keep_attempts)
+            after: int | None = 0
+            deadline = time.monotonic() + self._config.prune_interval.total_seconds()
+            while after is not None and time.monotonic() < deadline:
+                after = await prune_events(connection, schema, self._config.keep_events, after)
+
+    async def _every(self, seconds: float, step: Callable[[], Awaitable[None]], *, inline: bool = False) -> None:
+        while True:
+            await asyncio.sleep(seconds)
+            try:
+                await step()
+            except PRIMARY_FAILED as error:
+                if inline:
+                    raise
+                _log.warning("housekeeping failed (%s)", code_of(error))
+
+    def _heard(self, _connection: Any, _process: int, _channel: str, schema: object) -> None:
+        if schema == self._config.database_schema:
+            self._ring()
+
+    def _ring(self) -> None:
+        for carrier in self._carriers.values():
+            carrier.ring()
+
+    def _rung_from(self, loop: asyncio.AbstractEventLoop) -> Callable[[], None]:
+        def ring() -> None:
+            loop.call_soon_threadsafe(self._ring)
+
+        return ring
+
+
+async def _cancelled(tasks: Sequence[asyncio.Task[Any]]) -> None:
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)

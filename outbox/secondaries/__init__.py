@@ -1,0 +1,1 @@
+"""Adapters, one file each; every one passes the conformance suite in `outbox.testing`."""

@@ -1,0 +1,119 @@
+"""The one port: what a secondary must be able to do, and the words it answers in."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Sequence
+from datetime import timedelta
+from typing import Protocol, runtime_checkable
+
+import msgspec
+
+from outbox.event import SyncEvent
+
+__all__ = [
+    "Applied",
+    "Checkable",
+    "Closeable",
+    "Outcome",
+    "Refreshable",
+    "Rejected",
+    "ResourceDigest",
+    "Retry",
+    "Secondary",
+    "Stale",
+]
+
+
+class Applied(msgspec.Struct, frozen=True):
+    """The secondary now holds this event's state."""
+
+
+class Stale(msgspec.Struct, frozen=True):
+    """The secondary already holds this position or a newer one and changed nothing. Counts as done."""
+
+
+class Retry(msgspec.Struct, frozen=True):
+    """This event failed and may succeed later; it spends an attempt.
+
+    `code` is a short stable word for status pages and never holds content; `after` is a wait the secondary asked for.
+    """
+
+    code: str
+    problem: str = ""
+    after: timedelta | None = None
+
+
+class Rejected(msgspec.Struct, frozen=True):
+    """This event will never succeed as it is; it is dead at once."""
+
+    code: str
+    problem: str = ""
+
+
+Outcome = Applied | Stale | Retry | Rejected
+
+
+class ResourceDigest(msgspec.Struct, frozen=True):
+    """One live resource as a secondary holds it: its id, the position it was written at, and `content_digest`."""
+
+    resource_id: str
+    position: int
+    digest: str
+
+
+class Secondary(Protocol):
+    """A backend kept in step with the primary.
+
+    An implementation is ready after construction (connect lazily, inside the running loop) and is never called for one
+    key twice at the same time.
+    """
+
+    @property
+    def backend_id(self) -> str:
+        """The name in the registry: `[a-z][a-z0-9_-]{0,62}`."""
+        ...
+
+    async def apply(self, batch: Sequence[SyncEvent]) -> Sequence[Outcome]:
+        """Make the secondary hold the state of each event; return one outcome per event, in the batch's order.
+
+        Must be idempotent and guarded: an event whose `position` is not above the one held for its key changes nothing
+        and is `Stale`, also after a delete, however long ago. Create and update are one upsert; deleting what is
+        absent is `Applied`. No two events of a batch share a key. Content must arrive to the letter. Item failures are
+        outcomes; raise `Unavailable` only when nothing of the batch could be tried or known. Let cancellation through.
+        """
+        ...
+
+    def scan(self, tenant_id: str, resource_type: str, after: str | None = None) -> AsyncIterator[ResourceDigest]:
+        """Yield every live resource with an id above `after`, ordered by the UTF-8 bytes of the id.
+
+        Memory stays bounded whatever the number of resources. Raises `Unavailable` when the listing cannot be
+        completed: a short listing must never look like a complete one.
+        """
+        ...
+
+
+@runtime_checkable
+class Refreshable(Protocol):
+    """A secondary whose writes become visible to readers only after a refresh."""
+
+    async def refresh(self) -> None:
+        """Return once everything applied so far is visible to searches."""
+        ...
+
+
+@runtime_checkable
+class Checkable(Protocol):
+    """A secondary that can say whether it is reachable without writing."""
+
+    async def check(self) -> None:
+        """Return when the secondary answers; raise `Unavailable` when it does not."""
+        ...
+
+
+@runtime_checkable
+class Closeable(Protocol):
+    """A secondary that holds connections."""
+
+    async def aclose(self) -> None:
+        """Release every connection; calling it twice is harmless."""
+        ...

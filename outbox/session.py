@@ -1,0 +1,195 @@
+"""Session: SQLAlchemy sessions that record events in the transaction of the change they describe."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+from sqlalchemy import Delete, Update, event, inspect
+from sqlalchemy.ext.asyncio import AsyncSession
+from sqlalchemy.orm import ORMExecuteState, Session, SessionTransaction
+
+from outbox.capture import Change, Tracked, Tracking
+from outbox.errors import UntrackedWrite
+from outbox.event import Operation, SyncEvent
+from outbox.record import record
+
+__all__ = ["OutboxSession", "SyncOutboxSession"]
+
+_PAGE = 1_000
+
+
+class SyncOutboxSession(Session):
+    """A `Session` that records the changes of tracked classes at flush, after their rows and in their transaction.
+
+    Made by `SyncManager.sync_session()`. Bulk updates, deletes and inserts of tracked classes are refused with
+    `UntrackedWrite`; `execute_recorded` is the call to use. What no session can see (raw SQL, database cascades, other
+    programs) leaves no event: record it by hand, or let reconcile find it.
+    """
+
+    def __init__(self, bind: Any, *, tracking: Tracking, ring: Callable[[], None], schema: str, **options: Any) -> None:
+        super().__init__(bind, **options)
+        self.tracking = tracking
+        self._ring = ring
+        self._schema = schema
+        self._recorded: list[SyncEvent] = []
+        self._wrote = False
+        self.info["outbox_changes"] = []
+
+    def record(self, *events: SyncEvent | Iterable[SyncEvent]) -> None:
+        """Have events written with the next flush or commit, in the order of the calls, in this transaction."""
+        for each in events:
+            if isinstance(each, SyncEvent):
+                self._recorded.append(each)
+            else:
+                self._recorded.extend(each)
+
+    def execute_recorded(self, statement: Update | Delete) -> int:
+        """Run a bulk update or delete of a tracked class and record one event per row; return how many rows.
+
+        The rows come back through RETURNING in pages of 1,000, so memory stays bounded.
+        """
+        tracked = self.tracked_by(statement)
+        if tracked is None:
+            raise UntrackedWrite("execute_recorded: takes an update() or delete() of a tracked class")
+        operation = Operation.UPDATE if isinstance(statement, Update) else Operation.DELETE
+        self.flush()
+        options = {"outbox_recorded": True, "populate_existing": True, "yield_per": _PAGE}
+        rows = self.scalars(statement.returning(tracked.entity), execution_options=options)
+        count = 0
+        for page in rows.partitions(_PAGE):
+            events = [tracked.event(operation, row) for row in page]
+            count += len(events)
+            self.write(events)
+        return count
+
+    def write(self, events: Sequence[SyncEvent]) -> None:
+        """Write events now, on this transaction's connection."""
+        if events:
+            record(self.connection(), events, schema=self._schema)
+            self._wrote = True
+
+    def write_recorded(self) -> None:
+        """Write what `record` has gathered."""
+        events, self._recorded = self._recorded, []
+        self.write(events)
+
+    def begin_nested(self) -> SessionTransaction:
+        """Open a savepoint; what was recorded before it does not share its fate."""
+        self.write_recorded()
+        return super().begin_nested()
+
+    def forget(self) -> None:
+        """Drop what was gathered and not yet written."""
+        self._recorded.clear()
+        self.info["outbox_changes"].clear()
+
+    def ring(self) -> None:
+        """Tell the relays, once the outermost transaction has committed events."""
+        if self._wrote and not self.in_nested_transaction():
+            self._wrote = False
+            self._ring()
+
+    def bulk_save_objects(self, *_args: Any, **_options: Any) -> None:
+        """Refused: it bypasses the flush that records events."""
+        raise _bypass("bulk_save_objects")
+
+    def bulk_insert_mappings(self, *_args: Any, **_options: Any) -> None:
+        """Refused: it bypasses the flush that records events."""
+        raise _bypass("bulk_insert_mappings")
+
+    def bulk_update_mappings(self, *_args: Any, **_options: Any) -> None:
+        """Refused: it bypasses the flush that records events."""
+        raise _bypass("bulk_update_mappings")
+
+    def tracked_by(self, statement: Any) -> Tracked | None:
+        """Return how the entity that a bulk statement writes is tracked."""
+        entity = statement.entity_description.get("entity")
+        if entity is not None:
+            return self.tracking.of(inspect(entity).mapper.class_)
+        return self.tracking.of_table(statement.entity_description.get("table"))
+
+
+class OutboxSession(AsyncSession):
+    """An `AsyncSession` whose `sync_session` records events. Made by `SyncManager.session()`."""
+
+    sync_session_class = SyncOutboxSession
+    sync_session: SyncOutboxSession
+
+    def record(self, *events: SyncEvent | Iterable[SyncEvent]) -> None:
+        """Have events written with the next flush or commit, in the order of the calls, in this transaction."""
+        self.sync_session.record(*events)
+
+    async def execute_recorded(self, statement: Update | Delete) -> int:
+        """Run a bulk update or delete of a tracked class and record one event per row; return how many rows."""
+        return await self.run_sync(lambda _: self.sync_session.execute_recorded(statement))
+
+
+def _bypass(call: str) -> UntrackedWrite:
+    return UntrackedWrite(f"{call}: writes past the flush that records events; use add_all(), or execute_recorded()")
+
+
+@event.listens_for(SyncOutboxSession, "before_flush")
+def _refuse_early(session: SyncOutboxSession, _context: Any, _instances: Any) -> None:
+    """Refuse bad content before any SQL, while the transaction is still whole.
+
+    A mapping that needs what only the database can give (a generated key) may fail here; it is asked again after
+    the rows were written.
+    """
+    for operation, rows in (
+        (Operation.CREATE, session.new),
+        (Operation.UPDATE, session.dirty),
+        (Operation.DELETE, session.deleted),
+    ):
+        for row in rows:
+            tracked = session.tracking.of(type(row))
+            if tracked is not None and (operation is not Operation.UPDATE or session.is_modified(row)):
+                _check(tracked, operation, row)
+
+
+def _check(tracked: Tracked, operation: Operation, row: Any) -> None:
+    if operation is Operation.CREATE and None in inspect(row).mapper.primary_key_from_instance(row):
+        return
+    tracked.event(operation, row)
+
+
+@event.listens_for(SyncOutboxSession, "after_flush")
+def _record_changes(session: SyncOutboxSession, _context: Any) -> None:
+    changes: list[Change] = session.info["outbox_changes"]
+    found = [(session.tracking.of(type(row)), operation, row) for operation, row in changes]
+    changes.clear()
+    session.write([tracked.event(operation, row) for tracked, operation, row in found if tracked is not None])
+    session.write_recorded()
+
+
+@event.listens_for(SyncOutboxSession, "before_commit")
+def _record_rest(session: SyncOutboxSession) -> None:
+    # The business rows first: their locks are what puts the events of one key in commit order.
+    session.flush()
+    session.write_recorded()
+
+
+@event.listens_for(SyncOutboxSession, "after_commit")
+def _ring(session: SyncOutboxSession) -> None:
+    session.ring()
+
+
+@event.listens_for(SyncOutboxSession, "after_soft_rollback")
+def _forget(session: SyncOutboxSession, _previous: SessionTransaction) -> None:
+    session.forget()
+
+
+@event.listens_for(SyncOutboxSession, "do_orm_execute")
+def _refuse_bypass(state: ORMExecuteState) -> None:
+    if not (state.is_update or state.is_delete or state.is_insert):
+        return
+    session = state.session
+    assert isinstance(session, SyncOutboxSession)
+    if state.execution_options.get("outbox_recorded"):
+        return
+    tracked = session.tracked_by(state.statement)
+    if tracked is not None:
+        raise UntrackedWrite(
+            f"a bulk write of {tracked.entity.__name__} would leave no event; "
+            "use session.execute_recorded(statement), or change the objects and let flush record them"
+        )

@@ -1,0 +1,116 @@
+"""How the outbox behaves: one frozen object, validated as a whole, from code, the environment or a TOML file."""
+
+from __future__ import annotations
+
+import os
+import tomllib
+from datetime import timedelta
+from pathlib import Path
+from typing import Annotated, Any, Self
+
+from pydantic import BaseModel, ConfigDict, Field, ModelWrapValidatorHandler, ValidationError, model_validator
+
+from outbox.errors import SettingsError
+
+__all__ = ["SyncConfig"]
+
+_IDENTIFIER = r"^[a-z_][a-z0-9_]{0,62}$"
+_Duration = Annotated[timedelta, Field(gt=timedelta(0), le=timedelta(days=366))]
+
+
+class SyncConfig(BaseModel):
+    """Every setting of a manager and its relays. Durations are `timedelta` in code, ISO 8601 or seconds in text.
+
+    Raises `SettingsError` naming the field and what was expected.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    database_schema: Annotated[str, Field(pattern=_IDENTIFIER)] = "public"
+    """The PostgreSQL schema of the outbox tables; every statement names it, `search_path` is never used."""
+
+    batch_size: Annotated[int, Field(ge=1, le=10_000)] = 100
+    """Most events handed to a secondary at once."""
+
+    attempts_in_flight: Annotated[int, Field(ge=1, le=64)] = 4
+    """Most batches one relay has out at one secondary at the same time."""
+
+    poll_interval: _Duration = timedelta(milliseconds=200)
+    """Longest sleep of an idle relay; polling alone bounds the delay, a wake-up only shortens it."""
+
+    doorbell: bool = True
+    """Whether recording rings the relays of other processes after commit. Off costs at most one poll interval."""
+
+    lease: _Duration = timedelta(seconds=15)
+    """How long an attempt holds its keys without a heartbeat; heartbeats come every third of it."""
+
+    attempt_deadline: _Duration = timedelta(seconds=60)
+    """Longest time a secondary may take for one batch, heartbeats or not."""
+
+    max_attempts: Annotated[int, Field(ge=1, le=1_000_000)] = 12
+    """Failures of one event, its secondary being available, after which it is dead."""
+
+    retry_initial: _Duration = timedelta(milliseconds=200)
+    """Upper bound of the first delay; each delay is drawn evenly between zero and its bound (full jitter)."""
+
+    retry_multiplier: Annotated[float, Field(ge=1, le=10)] = 2.0
+    """Growth of the bound from one failure to the next."""
+
+    retry_max: _Duration = timedelta(minutes=10)
+    """Cap of every delay, the first and a secondary's own Retry-After included."""
+
+    breaker_threshold: Annotated[int, Field(ge=1, le=1_000)] = 3
+    """Batches in a row that find a secondary unavailable before its breaker opens."""
+
+    breaker_initial: _Duration = timedelta(milliseconds=500)
+    """Wait before the first probe of an open breaker; doubles with every failed probe."""
+
+    breaker_max: _Duration = timedelta(seconds=30)
+    """Cap of the wait between probes."""
+
+    keep_events: _Duration = timedelta(hours=1)
+    """Age after which an event that every secondary has may be pruned."""
+
+    keep_attempts: _Duration = timedelta(days=7)
+    """Age after which a closed attempt is pruned; its counts live on in the registry."""
+
+    prune_interval: _Duration = timedelta(seconds=5)
+    """How often a relay folds finished attempts into the totals and prunes."""
+
+    shutdown_grace: _Duration = timedelta(seconds=10)
+    """How long a stopping relay lets work in hand finish before it hands the rest back."""
+
+    relay_connections: Annotated[int, Field(ge=2, le=100)] = 4
+    """Connections of a relay's own pool, beside one reserved for heartbeats and listening."""
+
+    statement_timeout: _Duration = timedelta(seconds=30)
+    """Longest time one statement of a relay may take on the primary."""
+
+    @model_validator(mode="wrap")
+    @classmethod
+    def _explained(cls, data: Any, handler: ModelWrapValidatorHandler[Self]) -> Self:
+        try:
+            config = handler(data)
+        except ValidationError as error:
+            first = error.errors(include_input=False, include_url=False)[0]
+            raise SettingsError(".".join(map(str, first["loc"])), first["msg"]) from None
+        config.check_relations()
+        return config
+
+    @classmethod
+    def load(cls, path: str | Path | None = None) -> SyncConfig:
+        """Return the settings of the `[outbox]` table of a TOML file, overridden by `OUTBOX_<FIELD>` variables."""
+        table = {} if path is None else tomllib.loads(Path(path).read_text()).get("outbox", {})
+        environment = {
+            field: os.environ[name] for field in cls.model_fields if (name := f"OUTBOX_{field.upper()}") in os.environ
+        }
+        return cls(**{**table, **environment})
+
+    def check_relations(self) -> None:
+        """Raise `SettingsError` when two settings contradict each other."""
+        if self.retry_max < self.retry_initial:
+            raise SettingsError("retry_max", "must not be below retry_initial")
+        if self.breaker_max < self.breaker_initial:
+            raise SettingsError("breaker_max", "must not be below breaker_initial")
+        if self.attempt_deadline < self.lease / 3:
+            raise SettingsError("attempt_deadline", "must leave room for one heartbeat (a third of the lease)")

@@ -1,0 +1,225 @@
+"""Settle: close the attempt and record every outcome, in one fenced statement."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Mapping
+from datetime import datetime
+from typing import TYPE_CHECKING, Any
+from uuid import UUID
+
+import msgspec
+
+from outbox.attempt import Attempt, Claimed, Lost, Released, Result
+from outbox.retry import RetryPolicy
+from outbox.schema import Statement
+from outbox.secondaries.base import Rejected, Retry
+
+if TYPE_CHECKING:
+    import asyncpg
+
+__all__ = ["SETTLE", "Kept", "keep", "settle"]
+
+# closed    the fence: only the holder of the lease, or anybody once it ran out, and only once
+# resolved  holds that owe nothing more
+# eased     log order: what did not fit into the attempt is due at once
+# held      keys that are held back from now on; what they still owed stays behind what failed
+SETTLE = Statement("""
+with closed as (
+    update {schema}.outbox_attempt as attempt
+    set finished_at = clock_timestamp(), applied = :applied, stale = :stale,
+        superseded = attempt.superseded + cast(:superseded as integer), retried = :retried, rejected = :rejected,
+        released = :released, lost = :lost, error_code = :error_code
+    where attempt.backend_id = :backend_id and attempt.attempt_id = :attempt_id and attempt.finished_at is null
+      and (attempt.relay_id = cast(:relay_id as uuid)
+           or cast(:lost as integer) > 0 and attempt.lease_until < statement_timestamp())
+    returning attempt.attempt_id
+), done as materialized (
+    select done.*
+    from closed cross join unnest(
+        cast(:done_tenant_ids as text[]), cast(:done_resource_types as text[]), cast(:done_resource_ids as text[])
+    ) as done (tenant_id, resource_type, resource_id)
+), resolved as (
+    delete from {schema}.outbox_hold as hold
+    using done
+    where hold.backend_id = :backend_id and hold.tenant_id = done.tenant_id
+      and hold.resource_type = done.resource_type and hold.resource_id = done.resource_id and hold.event_ids = '{}'
+), eased as (
+    update {schema}.outbox_hold as hold
+    set state = 'released', attempts = 0, lost = 0, alone = false, next_attempt_at = statement_timestamp()
+    from done
+    where hold.backend_id = :backend_id and hold.tenant_id = done.tenant_id
+      and hold.resource_type = done.resource_type and hold.resource_id = done.resource_id and hold.event_ids <> '{}'
+), held as (
+    insert into {schema}.outbox_hold as hold
+        (backend_id, tenant_id, resource_type, resource_id, key_hash, event_ids, owed_since, state, attempts, lost,
+         alone, first_failed_at, last_failed_at, next_attempt_at, error_code, error)
+    select :backend_id, kept.tenant_id, kept.resource_type, kept.resource_id, kept.key_hash,
+           cast(kept.event_ids as bigint[]), kept.owed_since, kept.state, kept.attempts, kept.lost, kept.alone,
+           case when kept.attempts > 0 then statement_timestamp() end,
+           case when kept.state <> 'released' then statement_timestamp() end,
+           statement_timestamp() + make_interval(secs => kept.delay), kept.error_code, kept.error
+    from closed cross join unnest(
+        cast(:tenant_ids as text[]), cast(:resource_types as text[]), cast(:resource_ids as text[]),
+        cast(:key_hashes as bigint[]), cast(:event_ids as text[]), cast(:owed_since as timestamptz[]),
+        cast(:states as text[]), cast(:attempts as integer[]), cast(:losts as integer[]), cast(:alone as boolean[]),
+        cast(:delays as double precision[]), cast(:error_codes as text[]), cast(:errors as text[])
+    ) as kept (tenant_id, resource_type, resource_id, key_hash, event_ids, owed_since, state, attempts, lost,
+               alone, delay, error_code, error)
+    on conflict (backend_id, tenant_id, resource_type, resource_id) do update
+    set event_ids = excluded.event_ids || hold.event_ids,
+        owed_since = excluded.owed_since, state = excluded.state, attempts = excluded.attempts, lost = excluded.lost,
+        alone = excluded.alone, next_attempt_at = excluded.next_attempt_at,
+        first_failed_at = case when excluded.attempts > 1 then hold.first_failed_at else excluded.first_failed_at end,
+        last_failed_at = coalesce(excluded.last_failed_at, hold.last_failed_at),
+        error_code = coalesce(excluded.error_code, hold.error_code),
+        error = coalesce(excluded.error, hold.error)
+)
+select attempt_id from closed
+""")
+
+_LONGEST_ERROR = 1024
+_UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\u200b-\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]+")
+_ALONE_AFTER_LOST = 2
+
+Key = tuple[str, str, str]
+
+
+class Kept(msgspec.Struct, frozen=True):
+    """One key that stays held: what it owes, and when it is due. `delay` is None for a dead key."""
+
+    key: Key
+    key_hash: int
+    event_ids: list[int]
+    owed_since: datetime
+    state: str
+    attempts: int
+    lost: int
+    alone: bool
+    delay: float | None
+    error_code: str | None = None
+    error: str | None = None
+
+
+async def settle(
+    connection: asyncpg.Connection[Any],
+    schema: str,
+    relay_id: UUID,
+    attempt: Attempt,
+    results: Mapping[int, Result],
+    policy: RetryPolicy,
+    *,
+    error_code: str | None = None,
+) -> bool:
+    """Close `attempt` with one result per position; return False, having changed nothing, if the lease is not ours.
+
+    Autocommits. A `Lost` result may be recorded by any relay once the lease ran out, all others only by its holder.
+    """
+    kept, done = [], []
+    for key, claimed in _by_key(attempt).items():
+        decision = keep(key, claimed, results, policy)
+        if decision is not None:
+            kept.append(decision)
+        elif claimed[0].attempts is not None:
+            done.append(key)
+    parameters = {
+        "backend_id": attempt.backend_id,
+        "attempt_id": attempt.attempt_id,
+        "relay_id": relay_id,
+        "error_code": error_code or next((each.error_code for each in kept if each.error_code), None),
+        **_counts(results),
+        **_done_parameters(done),
+        **_kept_parameters(kept),
+    }
+    return await connection.fetchval(*SETTLE.arguments(schema, parameters)) is not None
+
+
+def keep(key: Key, claimed: list[Claimed], results: Mapping[int, Result], policy: RetryPolicy) -> Kept | None:
+    """Decide what becomes of a key; None when all its events in hand are done.
+
+    The first event still owed decides: a release costs nothing, a failure or a loss spends one attempt of that event.
+    """
+    owed = [each for each in claimed if isinstance(results[each.position], (Retry, Rejected, Released, Lost))]
+    if not owed:
+        return None
+    head = owed[0]
+    # Attempts belong to the event at the head; one that got there just now starts afresh.
+    spent = (head.attempts or 0) if head is claimed[0] or len(claimed) == 1 else 0
+    result = results[head.position]
+    held = Kept(
+        key, head.key_hash, [each.position for each in owed], head.created_at, "released", spent, head.lost, False, 0.0
+    )
+    if isinstance(result, Released):
+        return msgspec.structs.replace(held, alone=head.lost >= _ALONE_AFTER_LOST)
+    assert isinstance(result, (Retry, Rejected, Lost))
+    return _failed(held, head, result, policy)
+
+
+def _failed(held: Kept, head: Claimed, result: Retry | Rejected | Lost, policy: RetryPolicy) -> Kept:
+    attempts = held.attempts + 1
+    lost = held.lost + isinstance(result, Lost)
+    after = result.after if isinstance(result, Retry) else None
+    delay = None if isinstance(result, Rejected) else policy.delay(attempts, head.failing_for, after)
+    return msgspec.structs.replace(
+        held,
+        state="dead" if delay is None else "retrying",
+        attempts=attempts,
+        lost=lost,
+        # What may have killed or hung its relay is tried again with nobody beside it.
+        alone=lost >= _ALONE_AFTER_LOST or result.code == "timeout",
+        delay=None if delay is None else delay.total_seconds(),
+        error_code=_printable(result.code)[:64],
+        error=_printable(result.problem)[:_LONGEST_ERROR],
+    )
+
+
+def _by_key(attempt: Attempt) -> dict[Key, list[Claimed]]:
+    keys: dict[Key, list[Claimed]] = {}
+    for each in attempt.claimed:
+        keys.setdefault(each.event.key, []).append(each)
+    return keys
+
+
+def _counts(results: Mapping[int, Result]) -> dict[str, int]:
+    found = Counter(type(result).__name__ for result in results.values())
+    return {
+        "applied": found["Applied"],
+        "stale": found["Stale"],
+        "superseded": found["Superseded"],
+        "retried": found["Retry"],
+        "rejected": found["Rejected"],
+        "released": found["Released"],
+        "lost": found["Lost"],
+    }
+
+
+def _done_parameters(done: list[Key]) -> dict[str, Any]:
+    return {
+        "done_tenant_ids": [key[0] for key in done],
+        "done_resource_types": [key[1] for key in done],
+        "done_resource_ids": [key[2] for key in done],
+    }
+
+
+def _kept_parameters(kept: list[Kept]) -> dict[str, Any]:
+    return {
+        "tenant_ids": [each.key[0] for each in kept],
+        "resource_types": [each.key[1] for each in kept],
+        "resource_ids": [each.key[2] for each in kept],
+        "key_hashes": [each.key_hash for each in kept],
+        # Arrays of unequal length cannot be unnested side by side; their literals can.
+        "event_ids": ["{" + ",".join(map(str, each.event_ids)) + "}" for each in kept],
+        "owed_since": [each.owed_since for each in kept],
+        "states": [each.state for each in kept],
+        "attempts": [each.attempts for each in kept],
+        "losts": [each.lost for each in kept],
+        "alone": [each.alone for each in kept],
+        "delays": [each.delay for each in kept],
+        "error_codes": [each.error_code for each in kept],
+        "errors": [each.error for each in kept],
+    }
+
+
+def _printable(problem: str) -> str:
+    return _UNPRINTABLE.sub(" ", problem)

@@ -1,0 +1,60 @@
+"""Turn: one claim per secondary at a time, and what the registry says to whoever's turn it is."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+
+from outbox.schema import Statement
+
+if TYPE_CHECKING:
+    import asyncpg
+
+__all__ = ["TURN", "Turn", "take_turn"]
+
+# The registry row is taken in a statement of its own: the claim's snapshot, taken after, then shows every
+# earlier claim of this secondary. SKIP LOCKED, because whoever holds the row is claiming already.
+TURN = Statement("""
+select secondary.status, secondary.ordering, secondary.breaker, secondary.breaker_failures, secondary.breaker_ramp,
+       cast(coalesce(extract(epoch from secondary.breaker_until - statement_timestamp()), 0) as double precision)
+           as breaker_wait,
+       secondary.folded_through,
+       exists (
+           select from {schema}.outbox_attempt as attempt
+           where attempt.backend_id = secondary.backend_id and attempt.attempt_id > secondary.folded_through
+             and attempt.finished_at is null and attempt.lease_until < statement_timestamp()
+       ) as lost_attempts,
+       exists (
+           select from {schema}.outbox_hold as hold
+           where hold.backend_id = secondary.backend_id and hold.next_attempt_at <= statement_timestamp() and hold.alone
+       ) as suspects
+from {schema}.outbox_secondary as secondary
+where secondary.backend_id = :backend_id
+for no key update of secondary skip locked
+""")
+
+
+class Turn(msgspec.Struct, frozen=True):
+    """What the registry says of a secondary to the one relay whose turn it is to claim."""
+
+    status: str
+    ordering: str
+    breaker: str
+    breaker_failures: int
+    breaker_ramp: int | None
+    breaker_wait: float
+    folded_through: int
+    lost_attempts: bool
+    suspects: bool
+
+    @property
+    def log_order(self) -> bool:
+        """Whether every event counts, and not only the newest of a key."""
+        return self.ordering == "log"
+
+
+async def take_turn(connection: asyncpg.Connection[Any], schema: str, backend_id: str) -> Turn | None:
+    """Lock the secondary's registry row until the transaction ends; None when another relay has it."""
+    row = await connection.fetchrow(*TURN.arguments(schema, {"backend_id": backend_id}))
+    return None if row is None else Turn(**dict(row.items()))
