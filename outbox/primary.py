@@ -100,7 +100,7 @@ class Primary:
     async def wait(self) -> None:
         """Return once the primary answers; tries for ever, with jittered backoff up to 10 s."""
         retrying = AsyncRetrying(
-            wait=wait_exponential_jitter(initial=0.1, max=10),
+            wait=wait_exponential_jitter(multiplier=0.1, max=10),
             retry=retry_if_exception_type(PRIMARY_FAILED),
             before_sleep=_log_wait,
         )
