@@ -54,16 +54,19 @@ class Lanes:
 
     def __init__(self) -> None:
         self.floors = [0] * LANES
-        self._busy = set(range(LANES))
+        self._busy: set[int] = set()
         self._first = 0
         self.mark: tuple[int, int] | None = None
 
     def shares(self, batch_size: int) -> Asked:
-        """Split a batch: lanes that were full last time share it, the others may show that they are not empty."""
+        """Split a batch: lanes that were full last time share it, the others may show that they are not empty.
+
+        While no lane is known to be full, any of them may fill the batch.
+        """
         if batch_size == 0:
             return Asked([], [], [])
         share = -(-batch_size // max(1, len(self._busy)))
-        glance = -(-batch_size // LANES)
+        glance = -(-batch_size // LANES) if self._busy else batch_size
         order = [(self._first + step) % LANES for step in range(LANES)]
         # Who is asked first changes from claim to claim, because the batch may be full before the last lane's turn.
         self._first = (self._first + 1) % LANES
