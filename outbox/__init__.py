@@ -14,6 +14,7 @@ from outbox.errors import (
 )
 from outbox.event import FhirVersion, Operation, StoredResource, SyncEvent
 from outbox.manager import SyncManager
+from outbox.reconcile import Drift, ReconciliationResult, SyncReconciler
 from outbox.record import record
 from outbox.register import Registration
 from outbox.relay import Relay
@@ -27,6 +28,7 @@ from outbox.status import BackendSyncStatus, Failure
 __all__ = [
     "Applied",
     "BackendSyncStatus",
+    "Drift",
     "Failure",
     "FhirVersion",
     "InvalidEvent",
@@ -34,9 +36,10 @@ __all__ = [
     "NoSecondary",
     "NotInTransaction",
     "Operation",
-    "Outcome",
     "OutboxError",
     "OutboxSession",
+    "Outcome",
+    "ReconciliationResult",
     "Registration",
     "Rejected",
     "Relay",
@@ -53,6 +56,7 @@ __all__ = [
     "SyncEvent",
     "SyncManager",
     "SyncOutboxSession",
+    "SyncReconciler",
     "Unavailable",
     "UnknownSecondary",
     "UntrackedWrite",

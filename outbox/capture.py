@@ -11,13 +11,13 @@ from urllib.parse import quote
 from uuid import UUID
 
 from sqlalchemy import Table, event, inspect
-from sqlalchemy.orm import Mapper, Session, object_session
+from sqlalchemy.orm import Mapper, QueryableAttribute, Session, object_session
 
 from outbox.content import DEFAULT_LIMITS, Limits
 from outbox.errors import SettingsError, UntrackedWrite
 from outbox.event import Operation, SyncEvent
 
-__all__ = ["Change", "Tracked", "Tracking", "columns_of", "identity_of"]
+__all__ = ["Change", "Tracked", "Tracking", "changes_of", "columns_of", "identity_of"]
 
 Change = tuple[Operation, Any]
 
@@ -30,6 +30,9 @@ class Tracked:
     resource_type: str
     tenant: Callable[[Any], str]
     resource_id: Callable[[Any], str]
+    # Where a mapping is a column (or, for the tenant, one constant), SQL can filter and order by it.
+    tenant_column: QueryableAttribute[Any] | str | None
+    resource_id_column: QueryableAttribute[Any] | None
     content: Callable[[Any], Any]
     version: Callable[[Any], str | int | None]
     fhir_version: str | None
@@ -63,23 +66,26 @@ class Tracking:
         entity: type[Any],
         *,
         resource_type: str | None = None,
-        tenant: Callable[[Any], str] | str = "default",
-        resource_id: Callable[[Any], str] | None = None,
+        tenant: Callable[[Any], str] | QueryableAttribute[Any] | str = "default",
+        resource_id: Callable[[Any], str] | QueryableAttribute[Any] | None = None,
         content: Callable[[Any], Any] | None = None,
         version: Callable[[Any], str | int | None] | None = None,
         fhir_version: str | None = None,
         limits: Limits = DEFAULT_LIMITS,
     ) -> None:
         """Keep `entity` and its subclasses in step. Raises `SettingsError` when it is not mapped or tracked already."""
-        if not isinstance(inspect(entity, raiseerr=False), Mapper):
+        mapper = inspect(entity, raiseerr=False)
+        if not isinstance(mapper, Mapper):
             raise SettingsError("track", f"{entity!r} is not a mapped class")
         if entity in self._tracked:
             raise SettingsError("track", f"{entity.__name__} is tracked already")
         self._tracked[entity] = Tracked(
             entity,
             resource_type or entity.__name__,
-            tenant if callable(tenant) else lambda _: tenant,
-            resource_id or identity_of,
+            (lambda _: tenant) if isinstance(tenant, str) else _function(tenant),
+            identity_of if resource_id is None else _function(resource_id),
+            tenant if isinstance(tenant, (str, QueryableAttribute)) else None,
+            _only_key(mapper) if resource_id is None else _column(resource_id),
             content or columns_of,
             version or (lambda _: None),
             fhir_version,
@@ -124,6 +130,24 @@ class _Collector:
         if self._operation is Operation.UPDATE and not session.is_modified(row, include_collections=False):
             return
         changes_of(session, type(row)).append((self._operation, row))
+
+
+def _function(mapping: Callable[[Any], str] | QueryableAttribute[Any]) -> Callable[[Any], str]:
+    if isinstance(mapping, QueryableAttribute):
+        name = mapping.key
+        return lambda row: str(getattr(row, name))
+    return mapping
+
+
+def _column(mapping: Callable[[Any], str] | QueryableAttribute[Any]) -> QueryableAttribute[Any] | None:
+    return mapping if isinstance(mapping, QueryableAttribute) else None
+
+
+def _only_key(mapper: Mapper[Any]) -> QueryableAttribute[Any] | None:
+    if len(mapper.primary_key) != 1:
+        return None
+    name = mapper.get_property_by_column(mapper.primary_key[0]).key
+    return cast("QueryableAttribute[Any]", getattr(mapper.class_, name))
 
 
 def changes_of(session: Session, entity: type[Any]) -> list[Change]:

@@ -10,11 +10,11 @@ from typing import Any, NoReturn
 
 from outbox.errors import InvalidEvent
 
-__all__ = ["DEFAULT_LIMITS", "Limits", "canonical", "content_digest", "encode_content"]
+__all__ = ["DEFAULT_LIMITS", "Limits", "canonical", "canonical_value", "content_digest", "encode_content"]
 
 # A path is a chain of (parent, step); it is only rendered when something is refused.
-Path = tuple["Path | None", "str | int"]
-_ROOT: Path = (None, "content")
+_Path = tuple["_Path | None", "str | int"]
+_ROOT: _Path = (None, "content")
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,6 +80,7 @@ def _canonical_parts(value: Any) -> list[str]:
 
 
 def canonical_value(value: Any) -> str:
+    """Return the canonical form of a parsed JSON value whose numbers are all `Decimal`."""
     if isinstance(value, Decimal):
         return _canonical_number(value)
     if isinstance(value, (dict, list)):
@@ -146,7 +147,7 @@ def _walk(content: Any, limits: Limits) -> None:
     """Visit every value once, without recursion, so that depth is our limit and not the interpreter's."""
     if not isinstance(content, (dict, _Pairs)):
         raise InvalidEvent("content", "must be a JSON object")
-    pending: list[tuple[Any, Path, int]] = [(content, _ROOT, 1)]
+    pending: list[tuple[Any, _Path, int]] = [(content, _ROOT, 1)]
     while pending:
         value, path, depth = pending.pop()
         if value is None or value is True or value is False:
@@ -161,7 +162,7 @@ def _walk(content: Any, limits: Limits) -> None:
             pending.extend(_children(value, path, depth, limits))
 
 
-def _children(value: Any, path: Path, depth: int, limits: Limits) -> list[tuple[Any, Path, int]]:
+def _children(value: Any, path: _Path, depth: int, limits: Limits) -> list[tuple[Any, _Path, int]]:
     if isinstance(value, _Pairs):
         pairs: Any = value
         if len({key for key, _ in value}) != len(value):
@@ -177,7 +178,7 @@ def _children(value: Any, path: Path, depth: int, limits: Limits) -> list[tuple[
     return [(item, (path, _checked_key(key, path, limits)), depth + 1) for key, item in pairs]
 
 
-def _checked_key(key: Any, path: Path, limits: Limits) -> str:
+def _checked_key(key: Any, path: _Path, limits: Limits) -> str:
     if not isinstance(key, str):
         raise InvalidEvent(_render(path), f"has a key of type {type(key).__name__}; JSON keys are text")
     _check_text(key, path)
@@ -186,7 +187,7 @@ def _checked_key(key: Any, path: Path, limits: Limits) -> str:
     return key
 
 
-def _check_text(value: str, path: Path) -> None:
+def _check_text(value: str, path: _Path) -> None:
     if "\x00" in value:
         raise InvalidEvent(_render(path), "holds a NUL character, which PostgreSQL cannot store")
     if not value.isascii():
@@ -196,14 +197,14 @@ def _check_text(value: str, path: Path) -> None:
             raise InvalidEvent(_render(path), "holds a lone surrogate, which is not Unicode text") from None
 
 
-def _check_number(value: float, path: Path) -> None:
+def _check_number(value: float, path: _Path) -> None:
     if isinstance(value, float) and value - value != 0:
         raise InvalidEvent(_render(path), "is not a finite number, which JSON does not have")
 
 
-def _render(path: Path) -> str:
+def _render(path: _Path) -> str:
     steps: list[str] = []
-    node: Path | None = path
+    node: _Path | None = path
     while node is not None:
         node, step = node
         steps.append(f"[{step}]" if isinstance(step, int) else f".{step}"[:80])

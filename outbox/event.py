@@ -17,7 +17,7 @@ from outbox.errors import InvalidEvent
 
 __all__ = ["FhirVersion", "Operation", "StoredResource", "SyncEvent"]
 
-Content = dict[str, Any] | str | bytes
+_Content = dict[str, Any] | str | bytes
 
 _TENANT = re.compile(r"[A-Za-z0-9_.-]+(/[A-Za-z0-9_.-]+)*")
 # Control characters break URLs, headers and terminals; everything else is kept byte for byte.
@@ -78,7 +78,7 @@ class SyncEvent(msgspec.Struct, frozen=True):
         cls,
         resource_type: str,
         resource_id: str,
-        content: Content,
+        content: _Content,
         *,
         tenant_id: str = "default",
         version: str | int | None = None,
@@ -96,7 +96,7 @@ class SyncEvent(msgspec.Struct, frozen=True):
         cls,
         resource_type: str,
         resource_id: str,
-        content: Content,
+        content: _Content,
         *,
         tenant_id: str = "default",
         version: str | int | None = None,
@@ -189,7 +189,7 @@ class SyncEvent(msgspec.Struct, frozen=True):
         operation: Operation,
         resource_type: str,
         resource_id: str,
-        content: Content | None,
+        content: _Content | None,
         tenant_id: str,
         version: str | int | None,
         fhir_version: str | None,

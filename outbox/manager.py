@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from datetime import timedelta
 from typing import Any
 
 from sqlalchemy import Engine
@@ -10,12 +11,14 @@ from sqlalchemy.ext.asyncio import AsyncEngine
 
 from outbox.capture import Tracking
 from outbox.errors import SettingsError, UnknownSecondary
+from outbox.reconcile import ReconciliationResult, SyncReconciler
 from outbox.register import Registration, register
 from outbox.relay import Relay
 from outbox.retry import RetryPolicy
 from outbox.secondaries.base import Closeable, Secondary
 from outbox.session import OutboxSession, SyncOutboxSession
 from outbox.settings import SyncConfig
+from outbox.source import Source
 from outbox.status import BackendSyncStatus, Failure, failures, statuses
 from outbox.wakeup import Doorbell
 
@@ -50,8 +53,9 @@ class SyncManager:
         """Record the changes of a mapped class and its subclasses at every flush of our sessions.
 
         Keywords, each a function of the object unless said otherwise: `resource_type` (text; default the class's name),
-        `tenant` (function or text; "default"), `resource_id` (the primary key), `content` (a dict or JSON text; the
-        mapped columns), `version` (none), `fhir_version` (text; none), `limits`.
+        `tenant` (function, column or text; "default"), `resource_id` (function or column; the primary key), `content`
+        (a dict or JSON text; the mapped columns), `version` (none), `fhir_version` (text; none), `limits`. Columns
+        (`tenant=Patient.tenant_id`) let reconcile filter and page in the database.
         """
         self.tracking.track(entity, **mapping)
 
@@ -87,6 +91,27 @@ class SyncManager:
         """Return up to `most` failing and dead keys with their errors, dead ones first."""
         return await failures(self.engine, self.config.database_schema, backend_id, most)
 
+    async def reconcile(
+        self,
+        backend_id: str,
+        *,
+        tenant_id: str | None = None,
+        resource_type: str | None = None,
+        repair: bool = False,
+        patience: timedelta = timedelta(seconds=30),
+    ) -> ReconciliationResult:
+        """Compare a secondary with the tracked classes; with `repair`, record events that restore it.
+
+        `patience` is how long deliveries under way are waited for before what they carry is left out as in flight.
+        """
+        source = Source(self.engine, self.tracking)
+        schema, secondary = self.config.database_schema, self._secondary(backend_id)
+        reconciler = SyncReconciler(self.engine, source, secondary, schema, patience=patience)
+        result = await reconciler.reconcile(tenant_id, resource_type, repair=repair)
+        if result.repaired:
+            self.ring()
+        return result
+
     def ring(self) -> None:
         """Tell the relays that events were committed; only needed after `record` on a raw connection."""
         self._doorbell.ring(self.engine)
@@ -96,6 +121,12 @@ class SyncManager:
         for each in self.registrations:
             if isinstance(each.secondary, Closeable):
                 await each.secondary.aclose()
+
+    def _secondary(self, backend_id: str) -> Secondary:
+        for each in self.registrations:
+            if each.backend_id == backend_id:
+                return each.secondary
+        raise UnknownSecondary(backend_id, "this manager does not have it")
 
     def _session_options(self, engine: AsyncEngine | Engine) -> dict[str, Any]:
         ring: Callable[[], None] = lambda: self._doorbell.ring(engine)  # noqa: E731 - a closure over one engine

@@ -6,7 +6,7 @@ import asyncio
 import logging
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from typing import Any
+from typing import Any, cast
 
 import asyncpg
 from sqlalchemy.exc import SQLAlchemyError
@@ -73,7 +73,7 @@ class Primary:
         """Lend a connection of the pool for one statement or one short transaction."""
         assert self._pool is not None, "open the primary first"
         async with self._pool.acquire() as connection:
-            yield connection  # type: ignore[misc]
+            yield cast("asyncpg.Connection[Any]", connection)
 
     async def reserved(self) -> asyncpg.Connection[Any]:
         """Return a connection of its own, outside the pool; the caller closes it."""
@@ -112,10 +112,10 @@ class Primary:
 
     async def _connect(self, *_: Any, **__: Any) -> asyncpg.Connection[Any]:
         raw = await self._engine.raw_connection()
-        driver: Any = raw.driver_connection
+        driver = cast("asyncpg.Connection[Any]", raw.driver_connection)
         # Ours from now on: the application's pool gets its place back.
         raw.detach()
-        return driver  # type: ignore[no-any-return]
+        return driver
 
 
 async def _nothing(_: asyncpg.Connection[Any]) -> None:

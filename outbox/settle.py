@@ -83,13 +83,13 @@ _LONGEST_ERROR = 1024
 _UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\u200b-\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]+")
 _ALONE_AFTER_LOST = 2
 
-Key = tuple[str, str, str]
+_Key = tuple[str, str, str]
 
 
 class Kept(msgspec.Struct, frozen=True):
     """One key that stays held: what it owes, and when it is due. `delay` is None for a dead key."""
 
-    key: Key
+    key: _Key
     key_hash: int
     event_ids: list[int]
     owed_since: datetime
@@ -135,7 +135,7 @@ async def settle(
     return await connection.fetchval(*SETTLE.arguments(schema, parameters)) is not None
 
 
-def keep(key: Key, claimed: list[Claimed], results: Mapping[int, Result], policy: RetryPolicy) -> Kept | None:
+def keep(key: _Key, claimed: list[Claimed], results: Mapping[int, Result], policy: RetryPolicy) -> Kept | None:
     """Decide what becomes of a key; None when all its events in hand are done.
 
     The first event still owed decides: a release costs nothing, a failure or a loss spends one attempt of that event.
@@ -174,8 +174,8 @@ def _failed(held: Kept, head: Claimed, result: Retry | Rejected | Lost, policy: 
     )
 
 
-def _by_key(attempt: Attempt) -> dict[Key, list[Claimed]]:
-    keys: dict[Key, list[Claimed]] = {}
+def _by_key(attempt: Attempt) -> dict[_Key, list[Claimed]]:
+    keys: dict[_Key, list[Claimed]] = {}
     for each in attempt.claimed:
         keys.setdefault(each.event.key, []).append(each)
     return keys
@@ -194,7 +194,7 @@ def _counts(results: Mapping[int, Result]) -> dict[str, int]:
     }
 
 
-def _done_parameters(done: list[Key]) -> dict[str, Any]:
+def _done_parameters(done: list[_Key]) -> dict[str, Any]:
     return {
         "done_tenant_ids": [key[0] for key in done],
         "done_resource_types": [key[1] for key in done],

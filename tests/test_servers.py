@@ -205,9 +205,7 @@ async def test_mariadb_comes_back_with_its_data() -> None:
         await _mariadb(server.url, "create table kept as select 7 as id")
         server.kill()
         server.start()
-        assert await _mariadb(server.url, "select id, @@collation_database from kept") == [
-            (7, "utf8mb4_bin")
-        ]
+        assert await _mariadb(server.url, "select id, @@collation_database from kept") == [(7, "utf8mb4_bin")]
 
 
 async def _mariadb(url: str, statement: str) -> list[tuple]:
