@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from datetime import datetime, timedelta
+from collections.abc import Iterable, Sequence
+from datetime import timedelta
 from typing import Any, Self
 
 import msgspec
@@ -11,10 +11,9 @@ import msgspec
 from outbox.event import Operation, SyncEvent
 from outbox.secondaries.base import Applied, Rejected, Retry, Stale
 
-__all__ = ["Attempt", "Claimed", "Lost", "Released", "Result", "Superseded"]
+__all__ = ["Attempt", "Held", "Lost", "Released", "Result", "Superseded", "event_of"]
 
 _OPERATIONS = {str(operation): operation for operation in Operation}
-_NEVER = timedelta(0)
 
 
 class Superseded(msgspec.Struct, frozen=True):
@@ -37,40 +36,41 @@ class Lost(msgspec.Struct, frozen=True):
 Result = Applied | Stale | Retry | Rejected | Superseded | Released | Lost
 
 
-class Claimed(msgspec.Struct, frozen=True):
-    """One event in hand, and what its hold remembers: `attempts` is None when the key was not held."""
+class Held(msgspec.Struct, frozen=True):
+    """What its hold remembers of a key: failures of the event at its head, losses among them, time since the first."""
 
-    event: SyncEvent
-    key_hash: int
-    attempts: int | None
+    attempts: int
     lost: int
-    failing_for: timedelta
-
-    @classmethod
-    def from_row(cls, row: Sequence[Any]) -> Self:
-        """Build from a row of attempts, lost, time failing, key hash, and the event's columns in order."""
-        attempts, lost, failing_for, key_hash, tenant, kind, name, operation, *rest = row
-        # A word of a newer version stays as it is: dispatch, and not the claim, refuses it.
-        event = SyncEvent(tenant, kind, name, _OPERATIONS.get(operation, operation), *rest)
-        return cls(event, key_hash, attempts, lost, failing_for or _NEVER)
-
-    @property
-    def position(self) -> int:
-        """The event's position, which a recorded event always has."""
-        assert self.event.position is not None
-        return self.event.position
-
-    @property
-    def created_at(self) -> datetime:
-        """When the event was recorded, by the database's clock."""
-        assert self.event.created_at is not None
-        return self.event.created_at
+    failing_for: timedelta | None
 
 
 class Attempt(msgspec.Struct, frozen=True):
-    """One open attempt: a batch handed to one secondary by one relay, in position order. `attempt_id` is the fence."""
+    """One open attempt: a batch handed to one secondary by one relay, in position order. `attempt_id` is the fence.
+
+    `held` has the keys that came out of a hold. Results are lists beside `events`, index by index.
+    """
 
     attempt_id: int
     backend_id: str
     log_order: bool
-    claimed: list[Claimed]
+    events: list[SyncEvent]
+    held: dict[tuple[str, str, str], Held] = {}
+
+    @classmethod
+    def of_held(cls, attempt_id: int, backend_id: str, *, log_order: bool, rows: Iterable[Sequence[Any]]) -> Self:
+        """Build from rows of attempts, lost, time failing, and the event's columns; attempts is None for no hold."""
+        events: list[SyncEvent] = []
+        held = {}
+        for attempts, lost, failing_for, *columns in rows:
+            event = event_of(columns)
+            events.append(event)
+            if attempts is not None:
+                held[event.key] = Held(attempts, lost, failing_for)
+        return cls(attempt_id, backend_id, log_order, events, held)
+
+
+def event_of(columns: Sequence[Any]) -> SyncEvent:
+    """Build an event from its columns in the order of `SyncEvent`'s fields."""
+    tenant, kind, name, operation, *rest = columns
+    # A word of a newer version stays as it is: dispatch, and not the claim, refuses it.
+    return SyncEvent(tenant, kind, name, _OPERATIONS.get(operation, operation), *rest)

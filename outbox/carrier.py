@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from typing import TYPE_CHECKING, Any, NamedTuple
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any, NamedTuple, TypedDict
 from uuid import UUID
 
 from outbox.attempt import Attempt, Lost, Released, Result, Superseded
@@ -17,6 +18,7 @@ from outbox.lease import expired
 from outbox.primary import PRIMARY_FAILED, Primary
 from outbox.prune import fold
 from outbox.register import Registration
+from outbox.resume import resume
 from outbox.retry import RetryPolicy
 from outbox.secondaries.base import Applied, Rejected, Retry, Stale
 from outbox.settings import SyncConfig
@@ -33,7 +35,18 @@ _log = logging.getLogger("outbox.relay")
 _SHORTEST_SLEEP = 0.002
 _LOOK_EVERYWHERE_EVERY = 60.0
 _HANDING_BACK = 5.0
+# The claim that looks at holds costs a fixed millisecond more; between two of them held keys are passed by.
+_RESUME_EVERY = 0.02
 _ANSWERED = (Applied, Stale, Retry, Rejected)
+
+
+class _Claiming(TypedDict):
+    backend_id: str
+    relay_id: UUID
+    turn: Turn
+    batch_size: int
+    lanes: Lanes
+    lease: timedelta
 
 
 class InHand(NamedTuple):
@@ -63,6 +76,7 @@ class Carrier:
         self._stopping = False
         self._strained = False
         self._alone = False
+        self._resume_at = 0.0
         self._look_everywhere_at = time.monotonic() + _LOOK_EVERYWHERE_EVERY
 
     async def run(self) -> None:
@@ -72,22 +86,22 @@ class Carrier:
             self._raise_defect()
             self._bell.clear()
             try:
-                attempt = await self._claim() if self._has_room() else None
+                attempts = await self._claim(self._room()) if self._room() else []
             except PRIMARY_FAILED as error:
                 _log.warning("%s: claim failed (%s)", self.backend_id, code_of(error))
                 await self._primary.wait()
                 continue
-            if attempt is not None:
+            for attempt in attempts:
                 self._start(attempt)
-            elif not await self._rung(sleep):
+            if attempts or await self._rung(sleep):
+                sleep = _SHORTEST_SLEEP
+            else:
                 sleep = min(sleep * 2, self._config.poll_interval.total_seconds())
-                continue
-            sleep = _SHORTEST_SLEEP
 
     async def run_once(self) -> int:
         """Carry one batch; return how many deliveries it held, 0 when nothing was due."""
-        attempt = await self._claim()
-        return 0 if attempt is None else await self._start(attempt)
+        attempts = await self._claim(1)
+        return sum([await self._start(attempt) for attempt in attempts])
 
     def ring(self) -> None:
         """Look again at once instead of at the next poll."""
@@ -117,43 +131,47 @@ class Carrier:
             self._lanes.look_everywhere()
             self._look_everywhere_at = time.monotonic() + _LOOK_EVERYWHERE_EVERY
 
-    async def _claim(self) -> Attempt | None:
+    async def _claim(self, slots: int) -> list[Attempt]:
         schema, backend_id = self._config.database_schema, self.backend_id
         async with self._primary.connection() as connection, connection.transaction():
             turn = await take_turn(connection, schema, backend_id)
             if turn is None or turn.status in ("paused", "removed"):
-                return None
+                return []
             if not turn.lost_attempts:
-                return await self._claim_in_turn(connection, turn)
+                return await self._claim_in_turn(connection, turn, slots)
             lost = await expired(connection, schema, backend_id, turn.folded_through, log_order=turn.log_order)
         # Settled outside the turn, each by its own fence: whoever else found them loses.
         for attempt in lost:
             _log.warning("%s: taking over attempt %d, whose lease ran out", backend_id, attempt.attempt_id)
             await self._settle(attempt, Dispatched(_lost(attempt)))
         self.ring()
-        return None
+        return []
 
-    async def _claim_in_turn(self, connection: asyncpg.Connection[Any], turn: Turn) -> Attempt | None:
+    async def _claim_in_turn(self, connection: asyncpg.Connection[Any], turn: Turn, slots: int) -> list[Attempt]:
         room = allowance(turn, self._config.batch_size)
         self._strained = turn.breaker != "closed" or turn.breaker_failures > 0 or turn.breaker_ramp is not None
         if room == 0 or (self._strained and self.in_flight):
-            return None
-        # Suspects take turns with everybody else, so that many of them delay nobody for long.
-        self._alone = turn.suspects and not self._alone
-        attempt = await claim(
-            connection,
-            self._config.database_schema,
+            return []
+        parameters = _Claiming(
             backend_id=self.backend_id,
             relay_id=self._relay_id,
             turn=turn,
             batch_size=room,
             lanes=self._lanes,
             lease=self._config.lease,
-            alone=self._alone,
         )
-        if attempt is not None and turn.breaker != "closed":
+        schema, now = self._config.database_schema, time.monotonic()
+        if turn.holds and (now >= self._resume_at or turn.breaker != "closed"):
+            self._resume_at = now + _RESUME_EVERY
+            # Suspects take turns with everybody else, so that many of them delay nobody for long.
+            self._alone = turn.suspects and not self._alone
+            resumed = await resume(connection, schema, **parameters, alone=self._alone)
+            attempts = [resumed] if resumed else []
+        else:
+            attempts = await claim(connection, schema, **parameters, slots=1 if self._strained else slots)
+        if attempts and turn.breaker != "closed":
             await probe(connection, self._config.database_schema, self.backend_id, self._config.lease)
-        return attempt
+        return attempts
 
     def _start(self, attempt: Attempt) -> asyncio.Task[int]:
         dispatching = asyncio.create_task(dispatch(self.secondary, attempt, self._config.attempt_deadline))
@@ -170,13 +188,13 @@ class Carrier:
             dispatching.cancel()
             async with asyncio.timeout(_HANDING_BACK):
                 await asyncio.wait({dispatching})
-                await self._settle(attempt, Dispatched(_released(attempt)))
+                await self._settle(attempt, _handed_back(attempt))
             raise
         finally:
             self.in_flight.pop(attempt.attempt_id, None)
-        dispatched = Dispatched(_released(attempt)) if dispatching.cancelled() else dispatching.result()
+        dispatched = _handed_back(attempt) if dispatching.cancelled() else dispatching.result()
         await self._settle(attempt, dispatched)
-        return len(attempt.claimed)
+        return len(attempt.events)
 
     def _carried(self, carrying: asyncio.Task[int]) -> None:
         self._carrying.discard(carrying)
@@ -213,15 +231,15 @@ class Carrier:
         if unavailable is not None:
             await trip(connection, schema, self.backend_id, self._config, unavailable.retry_after)
             self._strained = True
-        elif self._strained and any(isinstance(each, _ANSWERED) for each in dispatched.results.values()):
+        elif self._strained and any(isinstance(each, _ANSWERED) for each in dispatched.results):
             await ease(connection, schema, self.backend_id, self._config.batch_size)
 
-    def _has_room(self) -> bool:
-        return len(self._carrying) < self._config.attempts_in_flight
+    def _room(self) -> int:
+        return self._config.attempts_in_flight - len(self._carrying)
 
     async def _rung(self, sleep: float) -> bool:
         try:
-            async with asyncio.timeout(sleep if self._has_room() else None):
+            async with asyncio.timeout(sleep if self._room() else None):
                 await self._bell.wait()
         except TimeoutError:
             return False
@@ -237,14 +255,12 @@ def code_of(error: BaseException) -> str:
     return getattr(error, "sqlstate", None) or type(error).__name__
 
 
-def _released(attempt: Attempt) -> dict[int, Result]:
-    return {each.position: Released() for each in attempt.claimed}
+def _handed_back(attempt: Attempt) -> Dispatched:
+    return Dispatched([Released()] * len(attempt.events))
 
 
-def _lost(attempt: Attempt) -> dict[int, Result]:
+def _lost(attempt: Attempt) -> list[Result]:
     if attempt.log_order:
-        return {each.position: Lost() for each in attempt.claimed}
-    newest = {each.event.key: each.position for each in attempt.claimed}
-    return {
-        each.position: Lost() if newest[each.event.key] == each.position else Superseded() for each in attempt.claimed
-    }
+        return [Lost()] * len(attempt.events)
+    newest = {event.key: index for index, event in enumerate(attempt.events)}
+    return [Lost() if newest[event.key] == index else Superseded() for index, event in enumerate(attempt.events)]

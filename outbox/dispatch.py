@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from datetime import timedelta
 
 import msgspec
 
-from outbox.attempt import Attempt, Claimed, Released, Result, Superseded
+from outbox.attempt import Attempt, Released, Result, Superseded
 from outbox.errors import Unavailable
 from outbox.event import Operation, SyncEvent
 from outbox.secondaries.base import Applied, Checkable, Outcome, Rejected, Retry, Secondary, Stale
@@ -19,14 +19,18 @@ __all__ = ["Dispatched", "dispatch"]
 _log = logging.getLogger("outbox.dispatch")
 
 _OPERATIONS = frozenset(Operation)
-_UNKNOWN = Retry("unknown_outcome", "the secondary's answer does not match the batch")
+_OUTCOMES = (Applied, Stale, Retry, Rejected)
+_UNKNOWN_OUTCOME = Retry("unknown_outcome", "the secondary's answer does not match the batch")
+# Written by a newer version: a newer relay will know it, so it must not die here.
+_UNKNOWN_OPERATION = Retry("unknown_operation", "this relay does not know the event's operation")
+_HUNG = Retry("timeout", "no answer within the attempt's deadline though the secondary is reachable")
 _CHECK_TIMEOUT = 2.0
 
 
 class Dispatched(msgspec.Struct, frozen=True):
-    """One result per position, and how the secondary was found: None when it was there."""
+    """One result per event of the attempt, in its order; `unavailable` says why when the secondary was not there."""
 
-    results: dict[int, Result]
+    results: Sequence[Result]
     unavailable: Unavailable | None = None
 
 
@@ -36,91 +40,77 @@ async def dispatch(secondary: Secondary, attempt: Attempt, deadline: timedelta) 
     In state order only the newest event of a key is sent. In log order events go out in waves of one per key, and
     a failure keeps the key's later events back. When the secondary is unavailable, what was not applied is released.
     """
-    results: dict[int, Result] = {}
+    events = attempt.events
+    results: list[Result | None] = [None] * len(events)
+    waves = _waves(events, results) if attempt.log_order else iter([_newest(events, results)])
     try:
         async with asyncio.timeout(deadline.total_seconds()):
-            for wave in _waves(attempt, results):
-                await _send(secondary, wave, results)
+            for wave in waves:
+                await _bisect(secondary, events, wave, results)
     except TimeoutError:
-        return await _after_timeout(secondary, attempt, results)
+        return await _after_timeout(secondary, results)
     except Unavailable as error:
-        return _released(attempt, results, error)
-    return Dispatched(results)
+        return Dispatched(_filled(results, Released(error.code)), error)
+    return Dispatched(_filled(results, Released()))
 
 
-def _waves(attempt: Attempt, results: dict[int, Result]) -> Sequence[list[SyncEvent]] | _Waves:
-    return _Waves(attempt.claimed, results) if attempt.log_order else [_newest(attempt.claimed, results)]
+def _newest(events: list[SyncEvent], results: list[Result | None]) -> Sequence[int]:
+    """Choose the last event of each key; the others are superseded."""
+    if len({event.resource_id for event in events}) == len(events):
+        return _known(events, range(len(events)), results)
+    last = {event.key: index for index, event in enumerate(events)}
+    chosen = set(last.values())
+    for index in range(len(events)):
+        if index not in chosen:
+            results[index] = Superseded()
+    return _known(events, sorted(chosen), results)
 
 
-def _newest(claimed: list[Claimed], results: dict[int, Result]) -> list[SyncEvent]:
-    newest = {each.event.key: each.event for each in claimed}
-    chosen = {event.position for event in newest.values()}
-    results.update({each.position: Superseded() for each in claimed if each.position not in chosen})
-    return [each.event for each in claimed if each.position in chosen]
+def _waves(events: list[SyncEvent], results: list[Result | None]) -> Iterator[Sequence[int]]:
+    """Yield batches of at most one event per key, in position order; a key that failed gets no further event."""
+    waiting = list(range(len(events)))
+    while waiting:
+        heads: dict[tuple[str, str, str], int] = {}
+        for index in waiting:
+            heads.setdefault(events[index].key, index)
+        yield _known(events, list(heads.values()), results)
+        failed = {key for key, index in heads.items() if not isinstance(results[index], (Applied, Stale))}
+        sent = set(heads.values())
+        waiting = [index for index in waiting if index not in sent and events[index].key not in failed]
 
 
-class _Waves:
-    """Batches of at most one event per key, in position order; a key that failed gets no further event."""
-
-    def __init__(self, claimed: list[Claimed], results: dict[int, Result]) -> None:
-        self._waiting = [each.event for each in claimed]
-        self._results = results
-        self._failed: set[tuple[str, str, str]] = set()
-        self._sent: list[SyncEvent] = []
-
-    def __iter__(self) -> _Waves:
-        return self
-
-    def __next__(self) -> list[SyncEvent]:
-        self._drop_followers_of_failures()
-        if not self._waiting:
-            raise StopIteration
-        heads = {event.key: event for event in reversed(self._waiting)}
-        self._sent = [event for event in self._waiting if heads[event.key] is event]
-        self._waiting = [event for event in self._waiting if heads[event.key] is not event]
-        return self._sent
-
-    def _drop_followers_of_failures(self) -> None:
-        self._failed |= {
-            event.key for event in self._sent if not isinstance(self._results[_position(event)], (Applied, Stale))
-        }
-        for event in self._waiting:
-            if event.key in self._failed:
-                self._results[_position(event)] = Released()
-        self._waiting = [event for event in self._waiting if event.key not in self._failed]
+def _known(events: list[SyncEvent], chosen: Sequence[int], results: list[Result | None]) -> Sequence[int]:
+    unknown = {index for index in chosen if events[index].operation not in _OPERATIONS}
+    for index in unknown:
+        results[index] = _UNKNOWN_OPERATION
+    return [index for index in chosen if index not in unknown] if unknown else chosen
 
 
-async def _send(secondary: Secondary, batch: list[SyncEvent], results: dict[int, Result]) -> None:
-    known = [event for event in batch if event.operation in _OPERATIONS]
-    # Written by a newer version: a newer relay will know it, so it must not die here.
-    unknown = Retry("unknown_operation", "this relay does not know the event's operation")
-    if len(known) < len(batch):
-        results.update({_position(event): unknown for event in batch if event not in known})
-    if known:
-        await _bisect(secondary, known, results)
-
-
-async def _bisect(secondary: Secondary, batch: list[SyncEvent], results: dict[int, Result]) -> None:
+async def _bisect(
+    secondary: Secondary, events: list[SyncEvent], chosen: Sequence[int], results: list[Result | None]
+) -> None:
     """Apply a batch; if the adapter fails without saying why, apply its halves: one event cannot fail others."""
+    if not chosen:
+        return
     try:
-        outcomes = await secondary.apply(batch)
+        outcomes = await secondary.apply([events[index] for index in chosen])
     except (Unavailable, TimeoutError):
         raise
     except Exception as error:  # noqa: BLE001 - the one place that catches all: it turns it into an outcome
-        if len(batch) == 1:
-            results[_position(batch[0])] = _unexplained(secondary, error)
+        if len(chosen) == 1:
+            results[chosen[0]] = _unexplained(secondary, error)
             return
-        await _bisect(secondary, batch[: len(batch) // 2], results)
-        await _bisect(secondary, batch[len(batch) // 2 :], results)
+        await _bisect(secondary, events, chosen[: len(chosen) // 2], results)
+        await _bisect(secondary, events, chosen[len(chosen) // 2 :], results)
         return
-    for event, outcome in zip(batch, _trusted(outcomes, len(batch)), strict=True):
-        results[_position(event)] = outcome
+    for index, outcome in zip(chosen, _trusted(outcomes, len(chosen)), strict=True):
+        results[index] = outcome
 
 
 def _trusted(outcomes: Sequence[Outcome], expected: int) -> Sequence[Outcome]:
-    """An answer of another length says nothing about anybody."""
-    if len(outcomes) != expected or not all(isinstance(each, (Applied, Stale, Retry, Rejected)) for each in outcomes):
-        return [_UNKNOWN] * expected
+    """An answer of another length, or in other words, says nothing about anybody."""
+    if len(outcomes) != expected or not all(isinstance(each, _OUTCOMES) for each in outcomes):
+        return [_UNKNOWN_OUTCOME] * expected
     return outcomes
 
 
@@ -131,7 +121,7 @@ def _unexplained(secondary: Secondary, error: Exception) -> Retry:
     return Retry("adapter_error", f"the adapter raised {kind}")
 
 
-async def _after_timeout(secondary: Secondary, attempt: Attempt, results: dict[int, Result]) -> Dispatched:
+async def _after_timeout(secondary: Secondary, results: list[Result | None]) -> Dispatched:
     """A hang is the secondary's fault, unless it still answers: then something in the batch made it hang."""
     if isinstance(secondary, Checkable):
         try:
@@ -140,16 +130,10 @@ async def _after_timeout(secondary: Secondary, attempt: Attempt, results: dict[i
         except (TimeoutError, Unavailable):
             pass
         else:
-            hung = Retry("timeout", "no answer within the attempt's deadline though the secondary is reachable")
-            return Dispatched({each.position: results.get(each.position, hung) for each in attempt.claimed})
-    return _released(attempt, results, Unavailable("timeout", "no answer within the attempt's deadline"))
+            return Dispatched(_filled(results, _HUNG))
+    error = Unavailable("timeout", "no answer within the attempt's deadline")
+    return Dispatched(_filled(results, Released(error.code)), error)
 
 
-def _released(attempt: Attempt, results: dict[int, Result], error: Unavailable) -> Dispatched:
-    released = Released(error.code)
-    return Dispatched({each.position: results.get(each.position, released) for each in attempt.claimed}, error)
-
-
-def _position(event: SyncEvent) -> int:
-    assert event.position is not None
-    return event.position
+def _filled(results: list[Result | None], rest: Result) -> list[Result]:
+    return [rest if result is None else result for result in results]

@@ -8,7 +8,7 @@ from itertools import groupby
 from typing import TYPE_CHECKING, Any
 from uuid import UUID
 
-from outbox.attempt import Attempt, Claimed
+from outbox.attempt import Attempt
 from outbox.schema import Statement
 
 if TYPE_CHECKING:
@@ -28,9 +28,8 @@ returning attempt.attempt_id
 # The columns are those of a claim, without content: nobody is going to dispatch from here.
 EXPIRED = Statement("""
 select attempt.attempt_id,
-       hold.attempts, coalesce(hold.lost, 0) as lost,
+       hold.attempts, hold.lost,
        statement_timestamp() - hold.first_failed_at as failing_for,
-       hashtextextended(event.tenant_id || '/' || event.resource_type || '/' || event.resource_id, 0) as key_hash,
        event.tenant_id, event.resource_type, event.resource_id, event.operation, null as content, event.version,
        event.fhir_version, event.bulk_id, cast(event.headers as text) as headers, event.event_id, event.created_at
 from {schema}.outbox_attempt as attempt
@@ -66,6 +65,6 @@ async def expired(
     parameters = {"backend_id": backend_id, "folded_through": folded_through}
     rows = await connection.fetch(*EXPIRED.arguments(schema, parameters))
     return [
-        Attempt(attempt_id, backend_id, log_order, [Claimed.from_row(row[1:]) for row in group])
+        Attempt.of_held(attempt_id, backend_id, log_order=log_order, rows=[row[1:] for row in group])
         for attempt_id, group in groupby(rows, key=lambda row: row[0])
     ]

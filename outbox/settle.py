@@ -4,22 +4,32 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Mapping
-from datetime import datetime
+from collections.abc import Sequence
+from datetime import datetime, timedelta
 from typing import TYPE_CHECKING, Any
 from uuid import UUID
 
 import msgspec
 
-from outbox.attempt import Attempt, Claimed, Lost, Released, Result
+from outbox.attempt import Attempt, Held, Lost, Released, Result, Superseded
+from outbox.event import SyncEvent
 from outbox.retry import RetryPolicy
 from outbox.schema import Statement
-from outbox.secondaries.base import Rejected, Retry
+from outbox.secondaries.base import Applied, Rejected, Retry, Stale
 
 if TYPE_CHECKING:
     import asyncpg
 
-__all__ = ["SETTLE", "Kept", "keep", "settle"]
+__all__ = ["CLOSE", "SETTLE", "Kept", "keep", "settle"]
+
+# Nearly every batch ends so: nothing failed and nothing was held, and one row says it all.
+CLOSE = Statement("""
+update {schema}.outbox_attempt as attempt
+set finished_at = clock_timestamp(), applied = :applied, stale = :stale, superseded = :superseded
+where attempt.backend_id = :backend_id and attempt.attempt_id = :attempt_id and attempt.finished_at is null
+  and attempt.relay_id = cast(:relay_id as uuid)
+returning attempt.attempt_id
+""")
 
 # closed    the fence: only the holder of the lease, or anybody once it ran out, and only once
 # resolved  holds that owe nothing more
@@ -55,18 +65,19 @@ with closed as (
     insert into {schema}.outbox_hold as hold
         (backend_id, tenant_id, resource_type, resource_id, key_hash, event_ids, owed_since, state, attempts, lost,
          alone, first_failed_at, last_failed_at, next_attempt_at, error_code, error)
-    select :backend_id, kept.tenant_id, kept.resource_type, kept.resource_id, kept.key_hash,
+    select :backend_id, kept.tenant_id, kept.resource_type, kept.resource_id,
+           hashtextextended(kept.tenant_id || '/' || kept.resource_type || '/' || kept.resource_id, 0),
            cast(kept.event_ids as bigint[]), kept.owed_since, kept.state, kept.attempts, kept.lost, kept.alone,
            case when kept.attempts > 0 then statement_timestamp() end,
            case when kept.state <> 'released' then statement_timestamp() end,
            statement_timestamp() + make_interval(secs => kept.delay), kept.error_code, kept.error
     from closed cross join unnest(
         cast(:tenant_ids as text[]), cast(:resource_types as text[]), cast(:resource_ids as text[]),
-        cast(:key_hashes as bigint[]), cast(:event_ids as text[]), cast(:owed_since as timestamptz[]),
-        cast(:states as text[]), cast(:attempts as integer[]), cast(:losts as integer[]), cast(:alone as boolean[]),
+        cast(:event_ids as text[]), cast(:owed_since as timestamptz[]), cast(:states as text[]),
+        cast(:attempts as integer[]), cast(:losts as integer[]), cast(:alone as boolean[]),
         cast(:delays as double precision[]), cast(:error_codes as text[]), cast(:errors as text[])
-    ) as kept (tenant_id, resource_type, resource_id, key_hash, event_ids, owed_since, state, attempts, lost,
-               alone, delay, error_code, error)
+    ) as kept (tenant_id, resource_type, resource_id, event_ids, owed_since, state, attempts, lost, alone, delay,
+               error_code, error)
     on conflict (backend_id, tenant_id, resource_type, resource_id) do update
     set event_ids = excluded.event_ids || hold.event_ids,
         owed_since = excluded.owed_since, state = excluded.state, attempts = excluded.attempts, lost = excluded.lost,
@@ -84,13 +95,14 @@ _UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\u200b-\u200f\u2028-\u202e\u2066-\
 _ALONE_AFTER_LOST = 2
 
 _Key = tuple[str, str, str]
+_FRESH = Held(0, 0, None)
+_OWED = (Retry, Rejected, Released, Lost)
 
 
 class Kept(msgspec.Struct, frozen=True):
     """One key that stays held: what it owes, and when it is due. `delay` is None for a dead key."""
 
     key: _Key
-    key_hash: int
     event_ids: list[int]
     owed_since: datetime
     state: str
@@ -107,62 +119,62 @@ async def settle(
     schema: str,
     relay_id: UUID,
     attempt: Attempt,
-    results: Mapping[int, Result],
+    results: Sequence[Result],
     policy: RetryPolicy,
     *,
     error_code: str | None = None,
 ) -> bool:
-    """Close `attempt` with one result per position; return False, having changed nothing, if the lease is not ours.
+    """Close `attempt` with one result per event; return False, having changed nothing, if the lease is not ours.
 
     Autocommits. A `Lost` result may be recorded by any relay once the lease ran out, all others only by its holder.
     """
-    kept, done = [], []
-    for key, claimed in _by_key(attempt).items():
-        decision = keep(key, claimed, results, policy)
-        if decision is not None:
-            kept.append(decision)
-        elif claimed[0].attempts is not None:
-            done.append(key)
-    parameters = {
+    parameters: dict[str, Any] = {
         "backend_id": attempt.backend_id,
         "attempt_id": attempt.attempt_id,
         "relay_id": relay_id,
-        "error_code": error_code or next((each.error_code for each in kept if each.error_code), None),
         **_counts(results),
+    }
+    if not attempt.held and not any(isinstance(result, _OWED) for result in results):
+        return await connection.fetchval(*CLOSE.arguments(schema, parameters)) is not None
+    kept, done = _sorted_out(attempt, results, policy)
+    parameters |= {
+        "error_code": error_code or next((each.error_code for each in kept if each.error_code), None),
         **_done_parameters(done),
         **_kept_parameters(kept),
     }
     return await connection.fetchval(*SETTLE.arguments(schema, parameters)) is not None
 
 
-def keep(key: _Key, claimed: list[Claimed], results: Mapping[int, Result], policy: RetryPolicy) -> Kept | None:
-    """Decide what becomes of a key; None when all its events in hand are done.
+def keep(
+    key: _Key, events: Sequence[SyncEvent], results: Sequence[Result], held: Held, policy: RetryPolicy
+) -> Kept | None:
+    """Decide what becomes of a key, given its events in hand in order; None when all of them are done.
 
     The first event still owed decides: a release costs nothing, a failure or a loss spends one attempt of that event.
     """
-    owed = [each for each in claimed if isinstance(results[each.position], (Retry, Rejected, Released, Lost))]
+    owed = [index for index, result in enumerate(results) if isinstance(result, _OWED)]
     if not owed:
         return None
     head = owed[0]
-    # Attempts belong to the event at the head; one that got there just now starts afresh.
-    spent = (head.attempts or 0) if head is claimed[0] or len(claimed) == 1 else 0
-    result = results[head.position]
-    held = Kept(
-        key, head.key_hash, [each.position for each in owed], head.created_at, "released", spent, head.lost, False, 0.0
-    )
-    if isinstance(result, Released):
-        return msgspec.structs.replace(held, alone=head.lost >= _ALONE_AFTER_LOST)
-    assert isinstance(result, (Retry, Rejected, Lost))
-    return _failed(held, head, result, policy)
+    if head > 0 and not all(isinstance(result, Superseded) for result in results[:head]):
+        # Attempts belong to the event at the head; one that got there just now starts afresh.
+        held = _FRESH
+    positions = [events[index].position or 0 for index in owed]
+    since = events[head].created_at
+    assert since is not None, "a recorded event has its time"
+    kept = Kept(key, positions, since, "released", held.attempts, held.lost, held.lost >= _ALONE_AFTER_LOST, 0.0)
+    result = results[head]
+    return _failed(kept, held, result, policy) if isinstance(result, (Retry, Rejected, Lost)) else kept
 
 
-def _failed(held: Kept, head: Claimed, result: Retry | Rejected | Lost, policy: RetryPolicy) -> Kept:
+def _failed(kept: Kept, held: Held, result: Retry | Rejected | Lost, policy: RetryPolicy) -> Kept:
     attempts = held.attempts + 1
     lost = held.lost + isinstance(result, Lost)
     after = result.after if isinstance(result, Retry) else None
-    delay = None if isinstance(result, Rejected) else policy.delay(attempts, head.failing_for, after)
+    failing_for = held.failing_for or timedelta(0)
+    delay = None if isinstance(result, Rejected) else policy.delay(attempts, failing_for, after)
     return msgspec.structs.replace(
-        held,
+        kept,
         state="dead" if delay is None else "retrying",
         attempts=attempts,
         lost=lost,
@@ -174,23 +186,34 @@ def _failed(held: Kept, head: Claimed, result: Retry | Rejected | Lost, policy: 
     )
 
 
-def _by_key(attempt: Attempt) -> dict[_Key, list[Claimed]]:
-    keys: dict[_Key, list[Claimed]] = {}
-    for each in attempt.claimed:
-        keys.setdefault(each.event.key, []).append(each)
-    return keys
+def _sorted_out(attempt: Attempt, results: Sequence[Result], policy: RetryPolicy) -> tuple[list[Kept], list[_Key]]:
+    """Return the keys that are held from now on, and the held keys that are done."""
+    kept: list[Kept] = []
+    done: list[_Key] = []
+    by_key: dict[_Key, tuple[list[SyncEvent], list[Result]]] = {}
+    for event, result in zip(attempt.events, results, strict=True):
+        events, found = by_key.setdefault(event.key, ([], []))
+        events.append(event)
+        found.append(result)
+    for key, (events, found) in by_key.items():
+        decision = keep(key, events, found, attempt.held.get(key, _FRESH), policy)
+        if decision is not None:
+            kept.append(decision)
+        elif key in attempt.held:
+            done.append(key)
+    return kept, done
 
 
-def _counts(results: Mapping[int, Result]) -> dict[str, int]:
-    found = Counter(type(result).__name__ for result in results.values())
+def _counts(results: Sequence[Result]) -> dict[str, int]:
+    found = Counter(map(type, results))
     return {
-        "applied": found["Applied"],
-        "stale": found["Stale"],
-        "superseded": found["Superseded"],
-        "retried": found["Retry"],
-        "rejected": found["Rejected"],
-        "released": found["Released"],
-        "lost": found["Lost"],
+        "applied": found[Applied],
+        "stale": found[Stale],
+        "superseded": found[Superseded],
+        "retried": found[Retry],
+        "rejected": found[Rejected],
+        "released": found[Released],
+        "lost": found[Lost],
     }
 
 
@@ -207,7 +230,6 @@ def _kept_parameters(kept: list[Kept]) -> dict[str, Any]:
         "tenant_ids": [each.key[0] for each in kept],
         "resource_types": [each.key[1] for each in kept],
         "resource_ids": [each.key[2] for each in kept],
-        "key_hashes": [each.key_hash for each in kept],
         # Arrays of unequal length cannot be unnested side by side; their literals can.
         "event_ids": ["{" + ",".join(map(str, each.event_ids)) + "}" for each in kept],
         "owed_since": [each.owed_since for each in kept],

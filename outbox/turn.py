@@ -26,6 +26,9 @@ select secondary.status, secondary.ordering, secondary.breaker, secondary.breake
              and attempt.finished_at is null and attempt.lease_until < statement_timestamp()
        ) as lost_attempts,
        exists (
+           select from {schema}.outbox_hold as hold where hold.backend_id = secondary.backend_id
+       ) as holds,
+       exists (
            select from {schema}.outbox_hold as hold
            where hold.backend_id = secondary.backend_id and hold.next_attempt_at <= statement_timestamp() and hold.alone
        ) as suspects
@@ -46,6 +49,7 @@ class Turn(msgspec.Struct, frozen=True):
     breaker_wait: float
     folded_through: int
     lost_attempts: bool
+    holds: bool
     suspects: bool
 
     @property
@@ -57,4 +61,4 @@ class Turn(msgspec.Struct, frozen=True):
 async def take_turn(connection: asyncpg.Connection[Any], schema: str, backend_id: str) -> Turn | None:
     """Lock the secondary's registry row until the transaction ends; None when another relay has it."""
     row = await connection.fetchrow(*TURN.arguments(schema, {"backend_id": backend_id}))
-    return None if row is None else Turn(**dict(row.items()))
+    return None if row is None else Turn(*row)
