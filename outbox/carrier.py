@@ -91,7 +91,7 @@ class Carrier:
                 _log.warning("%s: claim failed (%s)", self.backend_id, code_of(error))
                 await self._primary.wait()
                 continue
-            for attempt in attempts:
+            for attempt in attempts or ():
                 self._start(attempt)
             if attempts or await self._rung(sleep):
                 sleep = _SHORTEST_SLEEP
@@ -100,22 +100,30 @@ class Carrier:
 
     async def run_once(self) -> int:
         """Carry one batch; return how many deliveries it held, 0 when nothing was due."""
-        attempts = await self._claim(1)
+        while (attempts := await self._claim(1)) is None:
+            await self._rung(_SHORTEST_SLEEP)
         return sum([await self._start(attempt) for attempt in attempts])
 
     def ring(self) -> None:
         """Look again at once instead of at the next poll."""
         self._bell.set()
 
-    async def stop(self, grace: float) -> None:
-        """Claim no more; after `grace` seconds hand back what is still out, with no attempt spent."""
+    def stop(self) -> None:
+        """Claim no more: `run` ends after the claim it may be in."""
         self._stopping = True
         self.ring()
-        carrying = set(self._carrying)
-        if carrying:
-            await asyncio.wait(carrying, timeout=grace)
-            self.give_up(set(self.in_flight))
-            await asyncio.wait(carrying, timeout=_HANDING_BACK)
+
+    async def finish(self, grace: float) -> None:
+        """Let what is out finish for `grace` seconds, then hand it back with no attempt spent."""
+        if not (carrying := set(self._carrying)):
+            return
+        await asyncio.wait(carrying, timeout=grace)
+        self.give_up(set(self.in_flight))
+        _, stuck = await asyncio.wait(carrying, timeout=_HANDING_BACK)
+        # The primary is away, or the adapter will not be cancelled: the leases run out.
+        for task in stuck:
+            task.cancel()
+        await asyncio.gather(*stuck, return_exceptions=True)
 
     def give_up(self, attempt_ids: set[int]) -> None:
         """Stop dispatching these attempts; settling them hands back what is still ours."""
@@ -131,11 +139,14 @@ class Carrier:
             self._lanes.look_everywhere()
             self._look_everywhere_at = time.monotonic() + _LOOK_EVERYWHERE_EVERY
 
-    async def _claim(self, slots: int) -> list[Attempt]:
+    async def _claim(self, slots: int) -> list[Attempt] | None:
+        """Open attempts; an empty list says that nothing is due, None that it is worth looking again."""
         schema, backend_id = self._config.database_schema, self.backend_id
         async with self._primary.connection() as connection, connection.transaction():
             turn = await take_turn(connection, schema, backend_id)
-            if turn is None or turn.status in ("paused", "removed"):
+            if turn is None:
+                return None
+            if turn.status in ("paused", "removed"):
                 return []
             if not turn.lost_attempts:
                 return await self._claim_in_turn(connection, turn, slots)
@@ -145,7 +156,7 @@ class Carrier:
             _log.warning("%s: taking over attempt %d, whose lease ran out", backend_id, attempt.attempt_id)
             await self._settle(attempt, Dispatched(_lost(attempt)))
         self.ring()
-        return []
+        return None
 
     async def _claim_in_turn(self, connection: asyncpg.Connection[Any], turn: Turn, slots: int) -> list[Attempt]:
         room = allowance(turn, self._config.batch_size)

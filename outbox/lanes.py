@@ -20,12 +20,13 @@ if TYPE_CHECKING:
 
 __all__ = ["BARRIER", "HIGHEST", "SURVEY", "Asked", "Lanes", "advance_floors"]
 
-# Read strictly before the barrier: who drew a position up to this one already had its transaction id.
+# Read strictly before the barrier: whoever drew a position up to this one already had its transaction id.
 HIGHEST = Statement("""
 select case when is_called then last_value else 0 end from {schema}.outbox_event_id_seq
 """)
 
-BARRIER = Statement("select cast(cast(pg_snapshot_xmax(pg_current_snapshot()) as text) as bigint)")
+# An id of our own is above all that were given so far. A snapshot's xmax is not: it only follows the ids that ended.
+BARRIER = Statement("select cast(cast(pg_current_xact_id() as text) as bigint)")
 
 SURVEY = Statement("""
 select lane.lane, lowest.event_id

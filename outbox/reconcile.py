@@ -23,7 +23,7 @@ from outbox.schema import Statement
 from outbox.secondaries.base import Refreshable, ResourceDigest, Secondary
 from outbox.source import PrimaryDigest, Source
 
-__all__ = ["OWED", "RUNNING", "Drift", "ReconciliationResult", "SyncReconciler"]
+__all__ = ["BARRIER", "OWED", "RUNNING", "Drift", "ReconciliationResult", "SyncReconciler"]
 
 _Kind = Literal["missing", "extra", "stale", "altered"]
 
@@ -58,7 +58,14 @@ select suspect.resource_id, coalesce(newest.position, 0) as position,
 from suspect left join newest on newest.resource_id = suspect.resource_id
 """)
 
-RUNNING = Statement("select cast(pg_snapshot_xip(pg_current_snapshot()) as text)")
+# Taken and ended on a connection beside: from then on a snapshot names everybody below it who still runs.
+BARRIER = Statement("select cast(pg_current_xact_id() as text)")
+
+RUNNING = Statement("""
+select transaction_id
+from (select cast(pg_snapshot_xip(pg_current_snapshot()) as text) as transaction_id) as running
+where cast(transaction_id as bigint) < cast(:barrier as bigint)
+""")
 
 _PAGE = 200
 _SAMPLES = 10
@@ -246,10 +253,10 @@ class SyncReconciler:
         return len(names)
 
     async def _others_ended(self, connection: AsyncConnection) -> bool:
-        running = text(RUNNING.on(self._schema))
-        others = set(await connection.scalars(running))
+        async with self._engine.begin() as beside:
+            barrier = {"barrier": int(await beside.scalar(text(BARRIER.on(self._schema))))}
         deadline = time.monotonic() + self._patience
-        while others := others & set(await connection.scalars(running)):
+        while (await connection.scalars(text(RUNNING.on(self._schema)), barrier)).first() is not None:
             if time.monotonic() >= deadline:
                 return False
             await asyncio.sleep(0.05)

@@ -6,11 +6,12 @@ import asyncio
 import logging
 import signal
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from typing import Any
 from uuid import uuid4
 
+import asyncpg
 from sqlalchemy.ext.asyncio import AsyncEngine
 
 from outbox.carrier import Carrier, code_of
@@ -27,6 +28,9 @@ from outbox.wakeup import Doorbell
 __all__ = ["Relay"]
 
 _log = logging.getLogger("outbox.relay")
+
+_LAST_CLAIM = 5.0
+_BETWEEN_WATCHES = 0.1
 
 
 class Relay:
@@ -60,16 +64,25 @@ class Relay:
 
     async def run(self) -> None:
         """Carry until `stop` is called or this task is cancelled; then finish or hand back what is in hand."""
-        async with self._opened():
-            loops = [asyncio.create_task(carrier.run()) for carrier in self._carriers.values()]
-            loops.append(asyncio.create_task(self._every(self._config.prune_interval.total_seconds(), self._tidy)))
-            stopping = asyncio.create_task(self._stop.wait())
-            try:
-                done, _ = await asyncio.wait({*loops, stopping}, return_when=asyncio.FIRST_COMPLETED)
-                for ended in done - {stopping}:
+        stopping = asyncio.create_task(self._stop.wait())
+        opening = asyncio.create_task(self._open())
+        loops: list[asyncio.Task[None]] = []
+        try:
+            # A primary that never answers must not keep a relay from being stopped.
+            await asyncio.wait({opening, stopping}, return_when=asyncio.FIRST_COMPLETED)
+            if opening.done():
+                opening.result()
+                loops = [asyncio.create_task(carrier.run()) for carrier in self._carriers.values()]
+                tidying = asyncio.create_task(self._keep_tidy())
+                ends: set[asyncio.Task[Any]] = {*loops, tidying, stopping}
+                done, _ = await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
+                await _cancelled([tidying])
+                for ended in done:
                     ended.result()
-            finally:
-                await self._wind_down([*loops, stopping])
+        finally:
+            await _cancelled([opening, stopping])
+            await self._wind_down(loops)
+            await self._close()
 
     async def run_once(self, backend_id: str) -> int:
         """Carry one batch to one secondary; return how many deliveries it held, 0 when nothing was due."""
@@ -107,6 +120,13 @@ class Relay:
 
     @asynccontextmanager
     async def _opened(self) -> AsyncIterator[None]:
+        try:
+            await self._open()
+            yield
+        finally:
+            await self._close()
+
+    async def _open(self) -> None:
         """Connections, heartbeats and the ear at the door, shared by all who are inside."""
         self._users += 1
         if self._users == 1:
@@ -114,31 +134,32 @@ class Relay:
             await self._primary.wait()
             await self._register()
             self._background = [asyncio.create_task(self._watch())]
-        try:
-            yield
-        finally:
-            self._users -= 1
-            if self._users == 0:
-                await _cancelled(self._background)
-                await self._primary.close()
+
+    async def _close(self) -> None:
+        self._users -= 1
+        if self._users == 0:
+            await _cancelled(self._background)
+            await self._primary.close()
 
     async def _register(self) -> None:
         async with self._engine.begin() as connection:
             await connection.run_sync(register, self._config.database_schema, self._registrations)
 
-    async def _wind_down(self, loops: list[asyncio.Task[Any]]) -> None:
-        hurry = asyncio.create_task(self._hurry.wait())
-        stopping = asyncio.create_task(self._stop_carriers())
-        await asyncio.wait({hurry, stopping}, return_when=asyncio.FIRST_COMPLETED)
-        if not stopping.done():
-            for carrier in self._carriers.values():
-                carrier.give_up(set(carrier.in_flight))
-            await asyncio.wait({stopping})
-        await _cancelled([*loops, hurry])
-
-    async def _stop_carriers(self) -> None:
+    async def _wind_down(self, loops: list[asyncio.Task[None]]) -> None:
+        for carrier in self._carriers.values():
+            carrier.stop()
+        if loops:
+            # A claim under way is let finish: cut off at its commit, it could leave an attempt that nobody has.
+            await asyncio.wait(loops, timeout=_LAST_CLAIM)
         grace = self._config.shutdown_grace.total_seconds() if self._stop.is_set() else 0.0
-        await asyncio.gather(*(carrier.stop(grace) for carrier in self._carriers.values()))
+        finishing = asyncio.gather(*(carrier.finish(grace) for carrier in self._carriers.values()))
+        hurry = asyncio.create_task(self._hurry.wait())
+        ends: set[asyncio.Future[Any]] = {hurry, finishing}
+        await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
+        for carrier in self._carriers.values():
+            carrier.give_up(set(carrier.in_flight))
+        await finishing
+        await _cancelled([*loops, hurry])
 
     async def _watch(self) -> None:
         """Keep the leases of this relay and listen for the doorbell, on a connection nothing else can starve."""
@@ -149,23 +170,41 @@ class Relay:
                     await self._watch_on_one_connection()
                 except PRIMARY_FAILED as error:
                     _log.warning("the watching connection failed (%s)", code_of(error))
-                    await self._primary.wait()
+                    await self._wait_for_primary()
         finally:
             unsubscribe()
 
     async def _watch_on_one_connection(self) -> None:
         connection = await self._primary.reserved()
         try:
-            await connection.add_listener(LISTEN_CHANNEL, self._heard)
+            await self._listen(connection)
             # Whatever was rung while nobody listened is found by looking once.
             self._ring()
-            await self._every(
-                self._config.lease.total_seconds() / 3, lambda: self._keep_leases(connection), inline=True
-            )
+            while True:
+                await asyncio.sleep(self._config.lease.total_seconds() / 3)
+                await self._keep_leases(connection)
         finally:
             connection.terminate()
 
-    async def _keep_leases(self, connection: Any) -> None:
+    async def _listen(self, connection: asyncpg.Connection[Any]) -> None:
+        try:
+            await connection.add_listener(LISTEN_CHANNEL, self._heard)
+        except asyncpg.PostgresError as error:
+            # A pooler in between may not know LISTEN; heartbeats must not depend on it.
+            _log.warning("no doorbell on this connection (%s); polling alone", code_of(error))
+
+    async def _wait_for_primary(self) -> None:
+        """Wait, but not with work in hand for longer than a lease: by then somebody else may have taken it over."""
+        try:
+            async with asyncio.timeout(self._config.lease.total_seconds()):
+                await asyncio.sleep(_BETWEEN_WATCHES)
+                await self._primary.wait()
+        except TimeoutError:
+            for carrier in self._carriers.values():
+                carrier.give_up(set(carrier.in_flight))
+            await self._primary.wait()
+
+    async def _keep_leases(self, connection: asyncpg.Connection[Any]) -> None:
         mine = {
             attempt_id: (carrier, hand.attempt)
             for carrier in self._carriers.values()
@@ -190,14 +229,12 @@ class Relay:
             while after is not None and time.monotonic() < deadline:
                 after = await prune_events(connection, schema, self._config.keep_events, after)
 
-    async def _every(self, seconds: float, step: Callable[[], Awaitable[None]], *, inline: bool = False) -> None:
+    async def _keep_tidy(self) -> None:
         while True:
-            await asyncio.sleep(seconds)
+            await asyncio.sleep(self._config.prune_interval.total_seconds())
             try:
-                await step()
+                await self._tidy()
             except PRIMARY_FAILED as error:
-                if inline:
-                    raise
                 _log.warning("housekeeping failed (%s)", code_of(error))
 
     def _heard(self, _connection: Any, _process: int, _channel: str, schema: object) -> None:

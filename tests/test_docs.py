@@ -1,0 +1,100 @@
+"""Docs are executed: the README's code and commands run as a newcomer would run them."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import psycopg
+import pytest
+
+from tests.conftest import PostgresServer, new_database
+
+ROOT = Path(__file__).parent.parent
+OUTBOX = (sys.executable, "-m", "outbox.cli")
+
+USE = """
+import asyncio
+from app import *
+
+async def main() -> None:
+    async with engine.begin() as connection:
+        await connection.run_sync(Base.metadata.create_all)
+    await manager.register()
+    await admit("7", "Chalmers")
+    await admit("8", "Windsor")
+    await discharge("8")
+    async with engine.begin() as connection:
+        await without_an_orm(connection)
+    await behind()
+    await manager.relay().drain()
+    print("equal:", await equal())
+    print("cached:", await manager.registrations[0].secondary.content_of("Patient", "7"))
+    print("gone:", await manager.registrations[0].secondary.content_of("Patient", "8"))
+    await manager.aclose()
+    await engine.dispose()
+
+asyncio.run(main())
+"""
+
+
+def blocks(document: str, language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", (ROOT / document).read_text(), re.DOTALL)
+
+
+@pytest.fixture
+def application(tmp_path: Path, postgres: PostgresServer, valkey_url: str):
+    """The README's app.py, and an environment in which it runs on an empty database."""
+    (tmp_path / "app.py").write_text("\n".join(blocks("README.md", "python")))
+    (tmp_path / "use.py").write_text(USE)
+    with new_database(postgres) as name:
+        yield tmp_path, os.environ | {"OUTBOX_DSN": postgres.dsn(name), "VALKEY_URL": valkey_url}
+
+
+def run(application: tuple[Path, dict[str, str]], *command: str) -> str:
+    directory, environment = application
+    done = subprocess.run(
+        command, cwd=directory, env=environment, capture_output=True, text=True, timeout=60, check=False
+    )
+    assert done.returncode == 0, f"{command} ended with {done.returncode}:\n{done.stdout}\n{done.stderr}"
+    return done.stdout
+
+
+def test_the_readme_s_application_relays_a_change_and_says_that_both_sides_are_equal(application) -> None:
+    run(application, *OUTBOX, "migrate", "--dsn", application[1]["OUTBOX_DSN"])
+    printed = run(application, sys.executable, "use.py")
+    assert "cache 4 " in printed or "cache 5 " in printed
+    assert "equal: True" in printed
+    assert 'cached: {"id":"7","family":"Chalmers"}' in printed
+    assert "gone: None" in printed
+    run(application, *OUTBOX, "relay", "--app", "app:manager", "--drain")
+    assert "cache" in run(application, *OUTBOX, "status", "--app", "app:manager")
+    [query] = blocks("README.md", "sql")
+    with psycopg.connect(application[1]["OUTBOX_DSN"].replace("+asyncpg", "")) as connection:
+        assert [row[0] for row in connection.execute(query.encode())] == ["cache"]
+
+
+def test_the_quickstart_is_as_short_as_it_claims() -> None:
+    added = [line for line in blocks("README.md", "python")[1].splitlines() if line.strip()]
+    assert len(added) <= 10
+    commands = next(
+        block
+        for block in re.findall(r"```\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+        if "pip install" in block
+    )
+    assert len(commands.strip().splitlines()) <= 3
+
+
+def test_the_migrations_page_s_code_runs(tmp_path: Path) -> None:
+    (tmp_path / "page.py").write_text("\n".join(blocks("docs/migrations.md", "python")))
+    done = subprocess.run([sys.executable, "page.py"], cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert list(Path(done.stdout.strip()).glob("*.py"))
+
+
+def test_every_link_in_the_docs_leads_somewhere() -> None:
+    for document in (*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")):
+        for link in re.findall(r"\]\((?!http)([^)#]+)", document.read_text()):
+            assert (document.parent / link).exists(), f"{document.name} links to {link}"
