@@ -1,0 +1,229 @@
+"""PostgreSQL as a secondary keeps the contract, and survives what databases do to their clients."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Iterator
+from contextlib import AsyncExitStack
+from datetime import timedelta
+from typing import Any
+
+import pytest
+from sqlalchemy import text
+from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
+
+from outbox.errors import SettingsError, Unavailable
+from outbox.secondaries.base import Applied, Rejected, Retry, Stale
+from outbox.secondaries.sql import SqlSecondary
+from outbox.testing.contract import CONTENTS, SecondaryContract, held, remove, seen, write
+from outbox.testing.postgres import EmbeddedPostgres
+
+TABLE = "outbox_resources"
+
+
+class TestPostgres(SecondaryContract):
+    @pytest.fixture
+    async def secondary(self, database: str) -> AsyncIterator[SqlSecondary]:
+        secondary = SqlSecondary("copy", database)
+        yield secondary
+        await secondary.aclose()
+
+
+@pytest.fixture
+async def engine(database: str) -> AsyncIterator[AsyncEngine]:
+    engine = create_async_engine(database)
+    yield engine
+    await engine.dispose()
+
+
+@pytest.fixture
+async def copy(engine: AsyncEngine) -> SqlSecondary:
+    return SqlSecondary("copy", engine)
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[EmbeddedPostgres]:
+    with EmbeddedPostgres(settings={"fsync": "off"}) as server:
+        yield server
+
+
+async def _run(engine: AsyncEngine, statement: str, **values: Any) -> Any:
+    async with engine.begin() as connection:
+        result = await connection.execute(text(statement), values)
+        return result.scalar() if result.returns_rows else None
+
+
+async def _code(secondary: SqlSecondary) -> str:
+    with pytest.raises(Unavailable) as caught:
+        await secondary.apply([write("secret", 99)])
+    assert "secret" not in str(caught.value)
+    return caught.value.code
+
+
+async def _until_blocked(engine: AsyncEngine) -> None:
+    """Return once some session waits for a lock."""
+    async with asyncio.timeout(10):
+        while not await _run(engine, "select count(*) from pg_locks where not granted"):  # noqa: ASYNC110 - nothing tells us
+            await asyncio.sleep(0.01)
+
+
+async def _lock(connection: AsyncConnection, resource_id: str) -> None:
+    lock = text(f"select 1 from {TABLE} where resource_id = :id for update")
+    await connection.execute(lock, {"id": resource_id})
+
+
+@pytest.mark.parametrize("name", CONTENTS)
+async def test_content_of_gives_back_every_letter(copy: SqlSecondary, name: str):
+    await copy.apply([write("p", 1, CONTENTS[name])])
+    assert await copy.content_of("Patient", "p", tenant_id="acme") == CONTENTS[name]
+    assert await copy.content_of("Patient", "p") is None
+    await copy.apply([remove("p", 2)])
+    assert await copy.content_of("Patient", "p", tenant_id="acme") is None
+
+
+async def test_other_drivers_serve_as_well(database: str):
+    copy = SqlSecondary("copy", database.replace("+asyncpg", "+psycopg"))
+    batch = [write(f"p{number}", 2**62 + number) for number in range(600)]
+    assert list(await copy.apply(batch)) == [Applied()] * 600
+    assert list(await copy.apply([write("p1", 1), remove("p2", 2**63 - 1)])) == [Stale(), Applied()]
+    assert await seen(copy) == held(batch[:2] + batch[3:])
+    await copy.aclose()
+
+
+async def test_only_a_write_moves_the_time_it_was_written(copy: SqlSecondary, engine: AsyncEngine):
+    await copy.apply([write("p", 2)])
+    await _run(engine, f"update {TABLE} set written_at = now() - interval '1 day'")
+    aged = f"select now() - written_at > interval '23 hours' from {TABLE}"
+    await copy.apply([write("p", 1)])
+    assert await _run(engine, aged)
+    await copy.apply([write("p", 3)])
+    assert not await _run(engine, aged)
+
+
+async def test_a_schema_can_be_named(engine: AsyncEngine):
+    copy = SqlSecondary("copy", engine, "resources", "copies")
+    assert await _code(copy) == "3F000"
+    await _run(engine, "create schema copies")
+    assert list(await copy.apply([write("p", 1)])) == [Applied()]
+    assert await _run(engine, "select count(*) from copies.resources") == 1
+
+
+async def test_keys_are_compared_by_bytes_whatever_the_database_does(copy: SqlSecondary, engine: AsyncEngine):
+    await copy.apply([write("p", 1)])
+    collations = "select string_agg(collation_name, ' ') from information_schema.columns where table_name = :table"
+    assert await _run(engine, collations, table=TABLE) == "C C C C C"
+
+
+@pytest.mark.parametrize("name", ["", "a b", 'a"b', "a;b", "1a", "a.b", "é", "a-b", "a" * 64, "a\n"])
+def test_names_that_need_quoting_are_refused(name: str):
+    with pytest.raises(SettingsError, match="table"):
+        SqlSecondary("copy", "postgresql+asyncpg://127.0.0.1/x", name)
+    with pytest.raises(SettingsError, match="schema"):
+        SqlSecondary("copy", "postgresql+asyncpg://127.0.0.1/x", schema=name or " ")
+
+
+async def test_many_first_users_create_one_table(database: str):
+    async with AsyncExitStack() as stack:
+        copies = [SqlSecondary("copy", database) for _ in range(8)]
+        for copy in copies:
+            stack.push_async_callback(copy.aclose)
+        batches = [[write(f"p{number}", 1)] for number in range(8)]
+        answers = await asyncio.gather(*(copy.apply(batch) for copy, batch in zip(copies, batches, strict=True)))
+        assert [list(answer) for answer in answers] == [[Applied()]] * 8
+        assert await seen(copies[0]) == held(event for batch in batches for event in batch)
+
+
+async def test_a_table_that_was_dropped_is_unavailable_once(copy: SqlSecondary, engine: AsyncEngine):
+    await copy.apply([write("p", 1)])
+    await _run(engine, f"drop table {TABLE}")
+    assert await _code(copy) == "42P01"
+    assert list(await copy.apply([write("p", 1)])) == [Applied()]
+
+
+async def test_rows_that_the_database_refuses_are_rejected_alone(copy: SqlSecondary, engine: AsyncEngine):
+    await copy.apply([write("p", 1)])
+    await _run(engine, f"alter table {TABLE} add constraint no_secrets check (resource_id not like 'secret%')")
+    names = ["secret1" if n == 7 else "secret2" if n == 93 else f"p{n:03d}" for n in range(100)]
+    outcomes = await copy.apply([write(name, 2) for name in names])
+    for name, outcome in zip(names, outcomes, strict=True):
+        assert outcome == (Rejected("23514", "the database refuses this row") if "secret" in name else Applied())
+
+
+async def test_relays_that_meet_on_the_same_keys_never_deadlock(database: str, engine: AsyncEngine):
+    copies = [SqlSecondary("copy", database) for _ in range(2)]
+    names = [f"p{number:03d}" for number in range(400)]
+    for step in range(1, 11, 2):
+        up, down = [write(name, step) for name in names], [write(name, step + 1) for name in reversed(names)]
+        first, second = await asyncio.gather(copies[0].apply(up), copies[1].apply(down))
+        assert list(second) == [Applied()] * 400
+        assert set(first) <= {Applied(), Stale()}
+        assert await seen(copies[0]) == held(down)
+    for copy in copies:
+        await copy.aclose()
+    assert await _run(engine, "select deadlocks from pg_stat_database where datname = current_database()") == 0
+
+
+async def test_the_loser_of_a_deadlock_tries_again(copy: SqlSecondary, engine: AsyncEngine):
+    await copy.apply([write("a", 1), write("z", 1)])
+    async with engine.connect() as other:
+        # The one that looks for the deadlock is the one that is made to lose it.
+        await other.execute(text("set local deadlock_timeout = '1min'"))
+        await _lock(other, "z")
+        applying = asyncio.ensure_future(copy.apply([write("a", 2), write("z", 2)]))
+        await _until_blocked(engine)
+        await _lock(other, "a")
+        await other.commit()
+    assert list(await applying) == [Applied(), Applied()]
+
+
+async def test_rows_that_others_hold_are_tried_again_later(database: str, engine: AsyncEngine):
+    settings = {"server_settings": {"lock_timeout": "20ms"}}
+    impatient = create_async_engine(database, connect_args=settings)
+    copy = SqlSecondary("copy", impatient)
+    await copy.apply([write("p", 1), write("q", 1)])
+    async with engine.begin() as other:
+        await _lock(other, "q")
+        assert {type(outcome) for outcome in await copy.apply([write("p", 2), write("q", 2)])} == {Retry}
+    assert list(await copy.apply([write("p", 2), write("q", 2)])) == [Applied(), Applied()]
+    await copy.aclose()
+    assert await _run(impatient, "select 1") == 1
+    await impatient.dispose()
+
+
+async def test_a_database_that_does_not_answer_is_unavailable_in_time(database: str, engine: AsyncEngine):
+    copy = SqlSecondary("copy", database, timeout=timedelta(seconds=0.3))
+    await copy.apply([write("secret", 1)])
+    async with engine.begin() as other:
+        await _lock(other, "secret")
+        async with asyncio.timeout(5):
+            assert await _code(copy) == "timeout"
+    assert list(await copy.apply([write("secret", 2)])) == [Applied()]
+    await copy.aclose()
+
+
+async def test_a_missing_database_is_told_by_its_code(database: str):
+    copy = SqlSecondary("copy", f"{database}_missing")
+    assert await _code(copy) == "3D000"
+    await copy.aclose()
+
+
+@pytest.mark.parametrize("given", [False, True], ids=["own engine", "given engine"])
+async def test_a_server_that_was_down_is_used_again(server: EmbeddedPostgres, given: bool):
+    engine = create_async_engine(server.dsn())
+    copy = SqlSecondary("copy", engine if given else server.dsn(), f"copy_{given}")
+    await copy.apply([write("p", 2)])
+    await asyncio.to_thread(server.crash)
+    try:
+        async with asyncio.timeout(5):
+            await _code(copy)
+            assert await _code(copy) == "refused"
+            for attempt in (copy.check(), seen(copy)):
+                with pytest.raises(Unavailable):
+                    await attempt
+    finally:
+        await asyncio.to_thread(server.start)
+    await copy.check()
+    assert list(await copy.apply([write("p", 1)])) == [Stale()]
+    assert await seen(copy) == held([write("p", 2)])
+    await copy.aclose()
+    await engine.dispose()

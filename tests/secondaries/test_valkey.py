@@ -1,0 +1,222 @@
+"""Valkey keeps the contract, in one round trip a batch, and says what is wrong when it cannot."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+from collections.abc import AsyncIterator, Iterator
+from datetime import timedelta
+from uuid import uuid4
+
+import pytest
+from redis.asyncio import Redis
+
+from outbox.errors import SettingsError, Unavailable
+from outbox.secondaries.base import Applied, Stale
+from outbox.secondaries.valkey import ValkeySecondary
+from outbox.testing.contract import CONTENTS, SecondaryContract, held, remove, seen, write
+from outbox.testing.servers import ValkeyServer
+
+
+class TestValkey(SecondaryContract):
+    @pytest.fixture
+    async def secondary(self, valkey_url: str) -> AsyncIterator[ValkeySecondary]:
+        secondary = ValkeySecondary("cache", valkey_url, uuid4().hex)
+        yield secondary
+        await secondary.aclose()
+
+
+class TestValkeyByAClientThatDecodes(SecondaryContract):
+    @pytest.fixture
+    async def secondary(self, valkey_url: str) -> AsyncIterator[ValkeySecondary]:
+        async with Redis.from_url(valkey_url, decode_responses=True, protocol=2) as client:
+            yield ValkeySecondary("cache", client, "{" + uuid4().hex + "}")
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[ValkeyServer]:
+    with ValkeyServer(appendonly=True) as server:
+        yield server
+
+
+@pytest.fixture
+async def client(server: ValkeyServer) -> AsyncIterator[Redis]:
+    async with Redis.from_url(server.url) as client:
+        yield client
+
+
+@pytest.fixture
+async def cache(client: Redis) -> ValkeySecondary:
+    await client.flushall()
+    return ValkeySecondary("cache", client, "cache")
+
+
+@pytest.fixture
+async def remote(server: ValkeyServer) -> AsyncIterator[ValkeySecondary]:
+    """A secondary of a server that a test may hurt."""
+    secondary = ValkeySecondary("cache", server.url, uuid4().hex, timeout=timedelta(seconds=0.5))
+    yield secondary
+    await secondary.aclose()
+
+
+async def _code(secondary: ValkeySecondary) -> str:
+    with pytest.raises(Unavailable) as caught:
+        await secondary.apply([write("p", 99)])
+    return caught.value.code
+
+
+async def test_a_batch_is_one_round_trip(cache: ValkeySecondary, client: Redis):
+    await cache.apply([write("p", 1)])
+    await client.config_resetstat()
+    await cache.apply([write(f"p{number}", 1) for number in range(500)])
+    calls = await client.info("commandstats")
+    assert calls["cmdstat_evalsha"]["calls"] == 1
+    assert "cmdstat_eval" not in calls
+
+
+async def test_a_batch_above_the_limit_is_several_scripts(cache: ValkeySecondary, client: Redis):
+    await cache.apply([write("p", 1)])
+    await client.config_resetstat()
+    batch = [write(f"p{number}", 2, CONTENTS["long text"]) for number in range(50)]
+    megabytes = sum(len(event.content.encode()) for event in batch) / 2**20
+    assert list(await cache.apply(batch)) == [Applied()] * 50
+    calls = (await client.info("commandstats"))["cmdstat_evalsha"]["calls"]
+    assert megabytes / 4 <= calls <= megabytes / 4 + 2
+
+
+async def test_a_server_that_forgot_the_script_gets_it_again(cache: ValkeySecondary, client: Redis):
+    await cache.apply([write("p", 1)])
+    await client.script_flush()
+    assert list(await cache.apply([write("p", 2), write("q", 1)])) == [Applied(), Applied()]
+    await client.script_flush()
+    assert list(await cache.apply([write("p", 1), write("q", 2)])) == [Stale(), Applied()]
+
+
+async def test_what_is_stored_is_for_others_to_read(cache: ValkeySecondary, client: Redis):
+    event = write("a:b%c", 2**62 + 1, place=("acme/eu", "Patient"))
+    await cache.apply([event])
+    fields = await client.hgetall("cache:acme/eu:Patient:a%3Ab%25c")
+    assert fields == {b"position": b"4611686018427387905", b"content": event.content.encode(), b"version": b"7"}
+    assert await client.zrange("cache:acme/eu:Patient", 0, -1) == [b"a:b%c"]
+
+
+@pytest.mark.parametrize("name", CONTENTS)
+async def test_content_of_gives_back_every_letter(cache: ValkeySecondary, name: str):
+    await cache.apply([write("p", 1, CONTENTS[name])])
+    assert await cache.content_of("Patient", "p", tenant_id="acme") == CONTENTS[name]
+    assert await cache.content_of("Patient", "p") is None
+
+
+async def test_a_tombstone_expires_and_is_not_in_the_index(cache: ValkeySecondary, client: Redis):
+    await cache.apply([write("p", 1), remove("q", 1)])
+    await cache.apply([remove("p", 2)])
+    for name in ("p", "q"):
+        left = timedelta(milliseconds=await client.pttl(f"cache:acme:Patient:{name}"))
+        assert timedelta(days=6, hours=23) < left <= timedelta(days=7)
+        assert await cache.content_of("Patient", name, tenant_id="acme") is None
+    assert await client.hgetall("cache:acme:Patient:p") == {b"position": b"2"}
+    assert not await client.exists("cache:acme:Patient")
+
+
+async def test_what_was_created_again_does_not_expire(cache: ValkeySecondary, client: Redis):
+    await cache.apply([remove("p", 1)])
+    await cache.apply([write("p", 2)])
+    assert await client.pttl("cache:acme:Patient:p") == -1
+    await cache.apply([write("p", 1), remove("q", 1)])
+    assert await client.pttl("cache:acme:Patient:p") == -1
+
+
+async def test_a_late_write_does_not_lengthen_a_tombstone(client: Redis, cache: ValkeySecondary):
+    brief = ValkeySecondary("cache", client, "brief", tombstones_for=timedelta(seconds=1))
+    await brief.apply([remove("p", 2)])
+    assert list(await brief.apply([write("p", 1)])) == [Stale()]
+    assert 0 < await client.pttl("brief:acme:Patient:p") <= 1_000
+
+
+async def test_prefixes_are_apart(cache: ValkeySecondary, client: Redis):
+    other = ValkeySecondary("other", client, "other")
+    await cache.apply([write("p", 2)])
+    assert list(await other.apply([write("p", 1)])) == [Applied()]
+    assert await seen(cache) == held([write("p", 2)])
+    assert await seen(other) == held([write("p", 1)])
+
+
+@pytest.mark.parametrize("prefix", ["", "a:b", "a b", "{a}b", "a{", "é", "*", "a\n"])
+def test_a_prefix_that_could_collide_is_refused(prefix: str):
+    with pytest.raises(SettingsError, match="prefix"):
+        ValkeySecondary("cache", "redis://127.0.0.1", prefix)
+
+
+def test_tombstones_that_would_not_live_are_refused():
+    with pytest.raises(SettingsError, match="tombstones_for"):
+        ValkeySecondary("cache", "redis://127.0.0.1", tombstones_for=timedelta(0))
+
+
+async def test_a_given_client_stays_open(cache: ValkeySecondary, client: Redis):
+    await cache.aclose()
+    assert await client.ping()
+
+
+async def test_a_foreign_key_in_the_way_stops_everything(cache: ValkeySecondary, client: Redis):
+    await client.set("cache:acme:Patient:p", "mine")
+    assert await _code(cache) == "WRONGTYPE"
+
+
+async def test_a_full_server_is_unavailable_and_loses_nothing(remote: ValkeySecondary, server: ValkeyServer):
+    await remote.apply([write("a", 1), write("p", 1)])
+    async with Redis.from_url(server.url) as client:
+        await client.config_set("maxmemory", "1")
+        try:
+            assert await _code(remote) == "OOM"
+            assert list(await remote.apply([remove("a", 2)])) == [Applied()]
+        finally:
+            await client.config_set("maxmemory", "0")
+    assert list(await remote.apply([write("a", 1), write("p", 1)])) == [Stale(), Stale()]
+    assert await seen(remote) == held([write("p", 1)])
+
+
+async def test_a_read_only_server_is_unavailable(remote: ValkeySecondary, server: ValkeyServer):
+    async with Redis.from_url(server.url) as client:
+        await client.replicaof("127.0.0.1", "1")
+        try:
+            assert await _code(remote) == "READONLY"
+        finally:
+            await client.replicaof("NO", "ONE")
+    assert list(await remote.apply([write("p", 1)])) == [Applied()]
+
+
+async def test_a_wrong_password_is_told_by_its_code(server: ValkeyServer):
+    wrong = ValkeySecondary("cache", server.url.replace("//", "//nobody:secret@"))
+    assert await _code(wrong) == "NOAUTH"
+    await wrong.aclose()
+
+
+async def test_a_frozen_server_is_unavailable_in_time(remote: ValkeySecondary, server: ValkeyServer):
+    await remote.apply([write("p", 1)])
+    assert server.pid is not None
+    os.kill(server.pid, signal.SIGSTOP)
+    try:
+        async with asyncio.timeout(5):
+            assert await _code(remote) == "timeout"
+    finally:
+        os.kill(server.pid, signal.SIGCONT)
+    assert list(await remote.apply([write("p", 100)])) == [Applied()]
+
+
+async def test_a_server_that_was_down_is_used_again(remote: ValkeySecondary, server: ValkeyServer):
+    await remote.apply([write("p", 2)])
+    await asyncio.to_thread(server.kill)
+    try:
+        async with asyncio.timeout(5):
+            assert await _code(remote) in {"refused", "disconnected"}
+            assert await _code(remote) == "refused"
+            with pytest.raises(Unavailable):
+                await remote.check()
+            with pytest.raises(Unavailable):
+                await seen(remote)
+    finally:
+        await asyncio.to_thread(server.start)
+    await remote.check()
+    assert list(await remote.apply([write("p", 1)])) == [Stale()]
+    assert await seen(remote) == held([write("p", 2)])
