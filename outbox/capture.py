@@ -17,9 +17,17 @@ from outbox.content import DEFAULT_LIMITS, Limits
 from outbox.errors import SettingsError, UntrackedWrite
 from outbox.event import Operation, SyncEvent
 
-__all__ = ["Change", "Tracked", "Tracking", "changes_of", "columns_of", "identity_of"]
+__all__ = ["AsItWas", "Change", "Changes", "Tracked", "Tracking", "changes_of", "columns_of", "identity_of"]
 
-Change = tuple[Operation, Any]
+
+@dataclass(frozen=True, slots=True)
+class Change:
+    """One row a flush has written. `key_before` is the resource it was, for an update; see `switched` in `Changes`."""
+
+    operation: Operation
+    row: Any
+    key_before: tuple[str, str] | None = None
+    switched: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +45,18 @@ class Tracked:
     version: Callable[[Any], str | int | None]
     fhir_version: str | None
     limits: Limits
+
+    def key_of(self, row: Any) -> tuple[str, str]:
+        """Return (tenant_id, resource_id)."""
+        return (self.tenant(row), self.resource_id(row))
+
+    def events(self, change: Change) -> list[SyncEvent]:
+        """Return the event of a change; before it, if the row became another resource, the delete of the one it was."""
+        event = self.event(change.operation, change.row)
+        before = change.key_before
+        if before is None or before == (event.tenant_id, event.resource_id):
+            return [event]
+        return [SyncEvent.delete(self.resource_type, before[1], tenant_id=before[0], limits=self.limits), event]
 
     def event(self, operation: Operation, row: Any) -> SyncEvent:
         """Return the event of a change to `row`. Raises `InvalidEvent`."""
@@ -109,27 +129,73 @@ class Tracking:
 
     def _listen(self, entity: type[Any]) -> None:
         # The mapper's events fire for exactly the rows a flush writes, cascades and orphans included.
-        for name, operation in (
-            ("after_insert", Operation.CREATE),
-            ("after_update", Operation.UPDATE),
-            ("after_delete", Operation.DELETE),
-        ):
-            event.listen(entity, name, _Collector(self, operation), propagate=True)
+        collector = _Collector(self, entity)
+        event.listen(entity, "after_insert", collector.inserted, propagate=True)
+        # Before, because afterwards a value that the database computes has no history any more.
+        event.listen(entity, "before_update", collector.updating, propagate=True)
+        event.listen(entity, "after_update", collector.updated, propagate=True)
+        event.listen(entity, "after_delete", collector.deleted, propagate=True)
+
+
+class Changes(list[Change]):
+    """What a session's next flush hook will record, and for whom.
+
+    `switched` marks a row that was deleted and added again in one flush: SQLAlchemy writes one UPDATE, and what the new
+    object does not name keeps its old value.
+    """
+
+    def __init__(self, tracking: Tracking) -> None:
+        super().__init__()
+        self.tracking = tracking
 
 
 class _Collector:
     """Puts every written row of a tracked class on its session's list; a session that keeps none is refused."""
 
-    def __init__(self, tracking: Tracking, operation: Operation) -> None:
+    def __init__(self, tracking: Tracking, entity: type[Any]) -> None:
         self._tracking = tracking
-        self._operation = operation
+        self._entity = entity
 
-    def __call__(self, _mapper: Any, _connection: Any, row: Any) -> None:
+    def inserted(self, _mapper: Any, _connection: Any, row: Any) -> None:
+        self._collect(Operation.CREATE, row)
+
+    def updating(self, _mapper: Any, _connection: Any, row: Any) -> None:
+        session = object_session(row)
+        if session is not None and session.is_modified(row, include_collections=False):
+            self._collect(Operation.UPDATE, row)
+
+    def updated(self, _mapper: Any, _connection: Any, row: Any) -> None:
+        # A new object whose row was deleted in the same flush: SQLAlchemy announced an insert and wrote an update.
+        if inspect(row).pending:
+            self._collect(Operation.UPDATE, row, switched=True)
+
+    def deleted(self, _mapper: Any, _connection: Any, row: Any) -> None:
+        self._collect(Operation.DELETE, row)
+
+    def _collect(self, operation: Operation, row: Any, *, switched: bool = False) -> None:
+        tracked = self._tracking.of(type(row))
+        # The listeners of a tracked base hear of its subclasses too; the nearest one speaks.
+        if tracked is None or tracked.entity is not self._entity:
+            return
         session = object_session(row)
         assert session is not None, "a flush always has its session"
-        if self._operation is Operation.UPDATE and not session.is_modified(row, include_collections=False):
-            return
-        changes_of(session, type(row)).append((self._operation, row))
+        changes = changes_of(session, type(row))
+        if changes.tracking is self._tracking:
+            before = tracked.key_of(AsItWas(row)) if operation is Operation.UPDATE and not switched else None
+            changes.append(Change(operation, row, before, switched))
+
+
+class AsItWas:
+    """A row as the database has it: changed attributes show their old values. What mappings of a key are asked with."""
+
+    def __init__(self, row: Any) -> None:
+        self.outbox_row = row
+
+    def __getattr__(self, name: str) -> Any:
+        """Return the attribute as it was loaded."""
+        attributes = inspect(self.outbox_row).attrs
+        history = attributes[name].history if name in attributes else None
+        return history.deleted[0] if history and history.deleted else getattr(self.outbox_row, name)
 
 
 def _function(mapping: Callable[[Any], str] | QueryableAttribute[Any]) -> Callable[[Any], str]:
@@ -150,20 +216,21 @@ def _only_key(mapper: Mapper[Any]) -> QueryableAttribute[Any] | None:
     return cast("QueryableAttribute[Any]", getattr(mapper.class_, name))
 
 
-def changes_of(session: Session, entity: type[Any]) -> list[Change]:
+def changes_of(session: Session, entity: type[Any]) -> Changes:
     """Return the list of changes that a session's next flush hook will record. Raises `UntrackedWrite`."""
     changes = session.info.get("outbox_changes")
-    if changes is None:
+    if not isinstance(changes, Changes):
         raise UntrackedWrite(
             f"{entity.__name__} is tracked, but this session would record no event of the change; "
             "use manager.session() or manager.sync_session()"
         )
-    return cast("list[Change]", changes)
+    return changes
 
 
 def identity_of(row: Any) -> str:
     """Return the primary key as text; the parts of a composite key are percent-escaped and joined by '/'."""
-    parts = inspect(row).identity or inspect(row).mapper.primary_key_from_instance(row)
+    state = inspect(row.outbox_row if isinstance(row, AsItWas) else row)
+    parts = state.identity or state.mapper.primary_key_from_instance(state.object)
     if len(parts) == 1:
         return str(parts[0])
     return "/".join(quote(str(part), safe="") for part in parts)

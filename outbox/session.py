@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from typing import Any
 
-from sqlalchemy import Delete, Update, event, inspect
+from sqlalchemy import ClauseElement, Delete, Update, event, inspect
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import ORMExecuteState, Session, SessionTransaction
 
-from outbox.capture import Change, Tracked, Tracking
+from outbox.capture import Changes, Tracked, Tracking
 from outbox.errors import UntrackedWrite
 from outbox.event import Operation, SyncEvent
 from outbox.record import record
@@ -34,7 +35,7 @@ class SyncOutboxSession(Session):
         self._schema = schema
         self._recorded: list[SyncEvent] = []
         self._wrote = False
-        self.info["outbox_changes"] = []
+        self.info["outbox_changes"] = Changes(tracking)
 
     def record(self, *events: SyncEvent | Iterable[SyncEvent]) -> None:
         """Have events written with the next flush or commit, in the order of the calls, in this transaction."""
@@ -148,17 +149,31 @@ def _refuse_early(session: SyncOutboxSession, _context: Any, _instances: Any) ->
 
 
 def _check(tracked: Tracked, operation: Operation, row: Any) -> None:
+    values = inspect(row).dict.values()
+    if any(isinstance(value, ClauseElement) for value in values):
+        return  # the database computes it
     if operation is Operation.CREATE and None in inspect(row).mapper.primary_key_from_instance(row):
         return
-    tracked.event(operation, row)
+    # What a mapping raises for a value that is not there yet says nothing; afterwards it does.
+    with suppress(AttributeError, LookupError, TypeError, ValueError):
+        tracked.event(operation, row)
 
 
-@event.listens_for(SyncOutboxSession, "after_flush")
+@event.listens_for(SyncOutboxSession, "after_flush_postexec")
 def _record_changes(session: SyncOutboxSession, _context: Any) -> None:
-    changes: list[Change] = session.info["outbox_changes"]
-    found = [(session.tracking.of(type(row)), operation, row) for operation, row in changes]
+    # Only now do the objects stand for their rows: what the database filled in, or kept when a deleted row was
+    # added again, is loaded when a mapping asks for it.
+    changes: Changes = session.info["outbox_changes"]
+    found = list(changes)
     changes.clear()
-    session.write([tracked.event(operation, row) for tracked, operation, row in found if tracked is not None])
+    events: list[SyncEvent] = []
+    for change in found:
+        if change.switched:
+            session.expire(change.row, list(inspect(change.row).unloaded))
+        tracked = session.tracking.of(type(change.row))
+        assert tracked is not None, "only rows of tracked classes are collected"
+        events += tracked.events(change)
+    session.write(events)
     session.write_recorded()
 
 
