@@ -62,6 +62,8 @@ class Attempt(msgspec.Struct, frozen=True):
         events: list[SyncEvent] = []
         held = {}
         for attempts, lost, failing_for, *columns in rows:
+            if columns[0] is None:
+                continue  # somebody deleted the event by hand
             event = event_of(columns)
             events.append(event)
             if attempts is not None:

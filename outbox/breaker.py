@@ -32,7 +32,8 @@ set breaker = case when opens then 'open' else secondary.breaker end,
         else secondary.breaker_until end
 from (
     select backend_id,
-           breaker = 'half_open' or breaker = 'closed' and breaker_failures + 1 >= :threshold as opens
+           breaker = 'half_open' or breaker = 'closed'
+               and (breaker_failures + 1 >= :threshold or cast(:asked as interval) > interval '0') as opens
     from {schema}.outbox_secondary where backend_id = :backend_id for update
 ) as found
 where secondary.backend_id = found.backend_id
@@ -56,7 +57,9 @@ where backend_id = :backend_id
 
 def allowance(turn: Turn, batch_size: int) -> int:
     """Return how many events may be claimed: none while open, one as a probe, a growing number after."""
-    if turn.breaker != "closed":
+    if turn.breaker == "half_open":
+        return 0 if turn.open_attempts else 1
+    if turn.breaker == "open":
         return 0 if turn.breaker_wait > 0 else 1
     return batch_size if turn.breaker_ramp is None else min(batch_size, turn.breaker_ramp)
 

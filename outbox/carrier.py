@@ -76,12 +76,13 @@ class Carrier:
         self._stopping = False
         self._strained = False
         self._alone = False
+        self._alone_out = False
         self._resume_at = 0.0
         self._look_everywhere_at = time.monotonic() + _LOOK_EVERYWHERE_EVERY
 
     async def run(self) -> None:
         """Carry until told to stop. A primary that fails is waited for; nothing is lost meanwhile."""
-        sleep = _SHORTEST_SLEEP
+        sleep, failures = _SHORTEST_SLEEP, 0
         while not self._stopping:
             self._raise_defect()
             self._bell.clear()
@@ -89,8 +90,12 @@ class Carrier:
                 attempts = await self._claim(self._room()) if self._room() else []
             except PRIMARY_FAILED as error:
                 _log.warning("%s: claim failed (%s)", self.backend_id, code_of(error))
+                # A claim that can never work must not be tried in a spin.
+                failures = min(failures + 1, 7)
+                await asyncio.sleep(_SHORTEST_SLEEP * 4**failures / 4)
                 await self._primary.wait()
                 continue
+            failures = 0
             for attempt in attempts or ():
                 self._start(attempt)
             if attempts or await self._rung(sleep):
@@ -154,7 +159,7 @@ class Carrier:
         # Settled outside the turn, each by its own fence: whoever else found them loses.
         for attempt in lost:
             _log.warning("%s: taking over attempt %d, whose lease ran out", backend_id, attempt.attempt_id)
-            await self._settle(attempt, Dispatched(_lost(attempt)))
+            await self._settle(attempt, Dispatched(_lost(attempt)), expired=True)
         self.ring()
         return None
 
@@ -172,13 +177,18 @@ class Carrier:
             lease=self._config.lease,
         )
         schema, now = self._config.database_schema, time.monotonic()
+        attempts: list[Attempt] = []
         if turn.holds and (now >= self._resume_at or turn.breaker != "closed"):
             self._resume_at = now + _RESUME_EVERY
             # Suspects take turns with everybody else, so that many of them delay nobody for long.
             self._alone = turn.suspects and not self._alone
+            if self._alone and self.in_flight:
+                self._alone = False
+                return []
             resumed = await resume(connection, schema, **parameters, alone=self._alone)
             attempts = [resumed] if resumed else []
-        else:
+            self._alone_out = self._alone and resumed is not None
+        if not attempts:
             attempts = await claim(connection, schema, **parameters, slots=1 if self._strained else slots)
         if attempts and turn.breaker != "closed":
             await probe(connection, self._config.database_schema, self.backend_id, self._config.lease)
@@ -214,7 +224,7 @@ class Carrier:
         # Its keys are free again, and there is room for another attempt.
         self.ring()
 
-    async def _settle(self, attempt: Attempt, dispatched: Dispatched) -> None:
+    async def _settle(self, attempt: Attempt, dispatched: Dispatched, *, expired: bool = False) -> None:
         """Record the outcome, however often the primary goes away; the fence tells whether it was still ours."""
         unavailable = dispatched.unavailable
         while True:
@@ -228,8 +238,10 @@ class Carrier:
                         dispatched.results,
                         self._policy,
                         error_code=unavailable.code if unavailable else None,
+                        expired=expired,
                     )
-                    await self._mind_breaker(connection, dispatched)
+                    if ours:
+                        await self._mind_breaker(connection, dispatched)
                 break
             except PRIMARY_FAILED as error:
                 _log.warning("%s: settle failed (%s)", self.backend_id, code_of(error))
@@ -246,6 +258,9 @@ class Carrier:
             await ease(connection, schema, self.backend_id, self._config.batch_size)
 
     def _room(self) -> int:
+        # A suspect may take its process with it: nothing goes out beside it.
+        if self._alone_out and self._carrying:
+            return 0
         return self._config.attempts_in_flight - len(self._carrying)
 
     async def _rung(self, sleep: float) -> bool:

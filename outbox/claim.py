@@ -71,8 +71,9 @@ with busy as materialized (
 select batch.attempt_id, batch.lane,
        event.tenant_id, event.resource_type, event.resource_id, event.operation,
        cast(event.content as text) as content, event.version,
-       event.fhir_version, event.bulk_id, cast(event.headers as text) as headers, event.event_id, event.created_at
-from batch join {schema}.outbox as event on event.event_id = batch.event_id
+       event.fhir_version, event.bulk_id, cast(event.headers as text) as headers, event.event_id,
+       greatest(least(event.created_at, timestamptz '9999-01-01'), timestamptz '0001-01-02') as created_at
+from batch left join {schema}.outbox as event on event.event_id = batch.event_id
 """)
 
 
@@ -109,7 +110,10 @@ async def claim(
     lanes.learn(asked, [row[1] for row in rows], full=len(rows) >= most)
     in_hand: dict[int, list[SyncEvent]] = {}
     for attempt_id, _, *columns in rows:
-        in_hand.setdefault(attempt_id, []).append(event_of(columns))
+        events = in_hand.setdefault(attempt_id, [])
+        # An event that somebody deleted by hand leaves nothing to deliver, but its attempt must be closed.
+        if columns[0] is not None:
+            events.append(event_of(columns))
     # In position order; sorted here, because sorting wide rows in the database costs more.
     return [
         Attempt(attempt_id, backend_id, turn.log_order, sorted(events, key=_position))

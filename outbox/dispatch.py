@@ -96,7 +96,10 @@ async def _bisect(
         outcomes = await secondary.apply([events[index] for index in chosen])
     except (Unavailable, TimeoutError):
         raise
-    except Exception as error:  # noqa: BLE001 - the one place that catches all: it turns it into an outcome
+    except (Exception, asyncio.CancelledError) as error:
+        # The one place that catches all: it turns it into an outcome. Being cancelled ourselves is not one.
+        if isinstance(error, asyncio.CancelledError) and _cancelled():
+            raise
         if len(chosen) == 1:
             results[chosen[0]] = _unexplained(secondary, error)
             return
@@ -107,14 +110,23 @@ async def _bisect(
         results[index] = outcome
 
 
-def _trusted(outcomes: Sequence[Outcome], expected: int) -> Sequence[Outcome]:
+def _cancelled() -> bool:
+    task = asyncio.current_task()
+    return task is not None and task.cancelling() > 0
+
+
+def _trusted(outcomes: object, expected: int) -> Sequence[Outcome]:
     """An answer of another length, or in other words, says nothing about anybody."""
-    if len(outcomes) != expected or not all(isinstance(each, _OUTCOMES) for each in outcomes):
+    if (
+        not isinstance(outcomes, (list, tuple))
+        or len(outcomes) != expected
+        or not all(isinstance(each, _OUTCOMES) for each in outcomes)
+    ):
         return [_UNKNOWN_OUTCOME] * expected
     return outcomes
 
 
-def _unexplained(secondary: Secondary, error: Exception) -> Retry:
+def _unexplained(secondary: Secondary, error: BaseException) -> Retry:
     # Neither the error's text nor its traceback's values: both may quote content.
     kind = type(error).__name__
     _log.warning("secondary %s raised %s on a single event", secondary.backend_id, kind)
@@ -127,12 +139,12 @@ async def _after_timeout(secondary: Secondary, results: list[Result | None]) -> 
         try:
             async with asyncio.timeout(_CHECK_TIMEOUT):
                 await secondary.check()
-        except (TimeoutError, Unavailable):
-            pass
+        except Exception as error:  # noqa: BLE001 - however it fails to answer, it is not there
+            _log.info("secondary %s does not answer a check (%s)", secondary.backend_id, type(error).__name__)
         else:
             return Dispatched(_filled(results, _HUNG))
-    error = Unavailable("timeout", "no answer within the attempt's deadline")
-    return Dispatched(_filled(results, Released(error.code)), error)
+    hung = Unavailable("timeout", "no answer within the attempt's deadline")
+    return Dispatched(_filled(results, Released(hung.code)), hung)
 
 
 def _filled(results: list[Result | None], rest: Result) -> list[Result]:

@@ -68,7 +68,9 @@ class Lanes:
             return Asked([], [], [])
         share = -(-batch_size // max(1, len(self._busy)))
         glance = -(-batch_size // LANES) if self._busy else batch_size
-        order = [(self._first + step) % LANES for step in range(LANES)]
+        turns = [(self._first + step) % LANES for step in range(LANES)]
+        # Glances come first, because the busy lanes fill the batch.
+        order = [lane for lane in turns if lane not in self._busy] + [lane for lane in turns if lane in self._busy]
         # Who is asked first changes from claim to claim, because the batch may be full before the last lane's turn.
         self._first = (self._first + 1) % LANES
         return Asked(

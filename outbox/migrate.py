@@ -14,6 +14,7 @@ from sqlalchemy import Connection
 from sqlalchemy.ext.asyncio import AsyncEngine
 
 from outbox.errors import SchemaMissing
+from outbox.schema import check_identifier
 
 __all__ = ["check_schema", "migrate", "migration_sql", "migrations_directory"]
 
@@ -47,6 +48,7 @@ def migration_sql(schema: str = "public", revision: str = "head") -> str:
 
 async def check_schema(engine: AsyncEngine, schema: str = "public") -> None:
     """Raise `SchemaMissing` unless the tables are there and know every migration of this code."""
+    check_identifier(schema)
     async with engine.connect() as connection:
         found = await connection.run_sync(_applied, schema)
     if not found:
@@ -72,6 +74,7 @@ def _known_heads(schema: str) -> set[str]:
 
 
 def _config(schema: str) -> Config:
+    check_identifier(schema)
     config = Config()
     config.set_main_option("script_location", str(migrations_directory()).replace("%", "%%"))
     config.set_main_option("path_separator", "os")

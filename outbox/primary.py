@@ -20,7 +20,14 @@ __all__ = ["PRIMARY_FAILED", "Primary"]
 
 _log = logging.getLogger("outbox.primary")
 
-PRIMARY_FAILED = (asyncpg.PostgresError, asyncpg.InterfaceError, SQLAlchemyError, OSError, TimeoutError)
+PRIMARY_FAILED = (
+    asyncpg.PostgresError,
+    asyncpg.InterfaceError,
+    asyncpg.InternalClientError,
+    SQLAlchemyError,
+    OSError,
+    TimeoutError,
+)
 """What talking to the primary may raise; everything else is a defect and is not retried."""
 
 # The claim's plan must not depend on statistics: what was planned while the tables were empty is what a cached
@@ -72,8 +79,14 @@ class Primary:
     async def connection(self) -> AsyncIterator[asyncpg.Connection[Any]]:
         """Lend a connection of the pool for one statement or one short transaction."""
         assert self._pool is not None, "open the primary first"
-        async with self._pool.acquire() as connection:
-            yield cast("asyncpg.Connection[Any]", connection)
+        async with self._pool.acquire() as lent:
+            connection = cast("asyncpg.Connection[Any]", lent)
+            try:
+                yield connection
+            except asyncpg.InternalClientError:
+                # The driver lost track of a session that was cut off; nobody must get it again.
+                connection.terminate()
+                raise
 
     async def reserved(self) -> asyncpg.Connection[Any]:
         """Return a connection of its own, outside the pool; the caller closes it."""
@@ -111,7 +124,12 @@ class Primary:
             await connection.fetchval("select 1")
 
     async def _connect(self, *_: Any, **__: Any) -> asyncpg.Connection[Any]:
-        raw = await self._engine.raw_connection()
+        try:
+            raw = await self._engine.raw_connection()
+        except self._engine.dialect.loaded_dbapi.Error as error:
+            # A raw connection's errors are the adapter's; what the driver said is behind them.
+            cause = error.__cause__
+            raise cause if isinstance(cause, PRIMARY_FAILED) else ConnectionError(type(error).__name__) from None
         driver = cast("asyncpg.Connection[Any]", raw.driver_connection)
         # Ours from now on: the application's pool gets its place back.
         raw.detach()

@@ -11,7 +11,7 @@ from outbox.turn import take_turn
 if TYPE_CHECKING:
     import asyncpg
 
-__all__ = ["FOLD", "PRUNE_ATTEMPTS", "PRUNE_EVENTS", "fold", "prune_attempts", "prune_events"]
+__all__ = ["FOLD", "MEND", "PRUNE_ATTEMPTS", "PRUNE_EVENTS", "fold", "prune_attempts", "prune_events"]
 
 # Attempts are created under the registry row's lock, which the folder holds: none can appear below an open one.
 FOLD = Statement("""
@@ -44,6 +44,16 @@ set folded_through = reach.attempt_id,
     last_error_code = coalesce(total.last_error_code, secondary.last_error_code)
 from reach cross join total
 where secondary.backend_id = :backend_id and reach.attempt_id > :folded_through and total.applied is not null
+""")
+
+# A hold that owes nothing while no attempt has its key would hold it for ever; only a hand can have made one.
+MEND = Statement("""
+delete from {schema}.outbox_hold as hold
+where hold.backend_id = :backend_id and hold.event_ids = '{}' and hold.key_hash not in (
+    select unnest(attempt.key_hashes)
+    from {schema}.outbox_attempt as attempt
+    where attempt.backend_id = :backend_id and attempt.attempt_id > :folded_through and attempt.finished_at is null
+)
 """)
 
 # One snapshot decides: a delivery is either waiting, in hand or held, and moves between them in one transaction.
@@ -103,6 +113,7 @@ async def fold(connection: asyncpg.Connection[Any], schema: str, backend_id: str
         turn = await take_turn(connection, schema, backend_id)
         if turn is not None:
             parameters = {"backend_id": backend_id, "folded_through": turn.folded_through}
+            await connection.execute(*MEND.arguments(schema, parameters))
             await connection.execute(*FOLD.arguments(schema, parameters))
 
 

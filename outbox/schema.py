@@ -8,6 +8,7 @@ generic plan.
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -38,10 +39,12 @@ from sqlalchemy.sql.compiler import SQLCompiler
 
 from outbox.errors import SettingsError
 
-__all__ = ["LANES", "LISTEN_CHANNEL", "Statement", "dialect_of", "metadata"]
+__all__ = ["LANES", "LISTEN_CHANNEL", "Statement", "check_identifier", "dialect_of", "metadata"]
 
 LANES = 64
 LISTEN_CHANNEL = "outbox"
+
+_IDENTIFIER = re.compile("[a-z_][a-z0-9_]{0,62}")
 
 _KEY_TEXT = Text(collation="C")
 _INSTANT = DateTime(timezone=True)
@@ -216,8 +219,7 @@ class Statement:
 
 @cache
 def _qualified(sql: str, schema: str) -> str:
-    if not schema.replace("_", "a").isalnum() or not schema.isascii() or schema != schema.lower():
-        raise SettingsError("database_schema", "must match [a-z_][a-z0-9_]*")
+    check_identifier(schema)
     return sql.replace("{schema}", f'"{schema}"')
 
 
@@ -226,6 +228,12 @@ def _positional(sql: str, schema: str) -> tuple[str, tuple[str, ...]]:
     compiled = text(_qualified(sql, schema)).compile(dialect=dialect_of("asyncpg"))
     assert isinstance(compiled, SQLCompiler)
     return str(compiled), tuple(compiled.positiontup or ())
+
+
+def check_identifier(schema: str) -> None:
+    """Raise `SettingsError` unless a schema's name needs no quoting: it is the only name ever put into a statement."""
+    if not _IDENTIFIER.fullmatch(schema):
+        raise SettingsError("database_schema", "must match [a-z_][a-z0-9_]{0,62}")
 
 
 def dialect_of(driver: str) -> Dialect:

@@ -80,8 +80,9 @@ class SyncOutboxSession(Session):
         self.write_recorded()
         return super().begin_nested()
 
-    def forget(self) -> None:
-        """Drop what was gathered and not yet written."""
+    def forget(self, *, everything: bool) -> None:
+        """Drop what was gathered and not yet written; with the outermost transaction, also what was."""
+        self._wrote = self._wrote and not everything
         self._recorded.clear()
         self.info["outbox_changes"].clear()
 
@@ -190,8 +191,8 @@ def _ring(session: SyncOutboxSession) -> None:
 
 
 @event.listens_for(SyncOutboxSession, "after_soft_rollback")
-def _forget(session: SyncOutboxSession, _previous: SessionTransaction) -> None:
-    session.forget()
+def _forget(session: SyncOutboxSession, previous: SessionTransaction) -> None:
+    session.forget(everything=not previous.nested)
 
 
 @event.listens_for(SyncOutboxSession, "do_orm_execute")

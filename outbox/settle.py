@@ -43,7 +43,7 @@ with closed as (
         released = :released, lost = :lost, error_code = :error_code
     where attempt.backend_id = :backend_id and attempt.attempt_id = :attempt_id and attempt.finished_at is null
       and (attempt.relay_id = cast(:relay_id as uuid)
-           or cast(:lost as integer) > 0 and attempt.lease_until < statement_timestamp())
+           or cast(:expired as boolean) and attempt.lease_until < statement_timestamp())
     returning attempt.attempt_id
 ), done as materialized (
     select done.*
@@ -123,10 +123,11 @@ async def settle(
     policy: RetryPolicy,
     *,
     error_code: str | None = None,
+    expired: bool = False,
 ) -> bool:
     """Close `attempt` with one result per event; return False, having changed nothing, if the lease is not ours.
 
-    Autocommits. A `Lost` result may be recorded by any relay once the lease ran out, all others only by its holder.
+    Autocommits. Any relay may close an `expired` attempt once its lease ran out, otherwise only its holder.
     """
     parameters: dict[str, Any] = {
         "backend_id": attempt.backend_id,
@@ -134,11 +135,12 @@ async def settle(
         "relay_id": relay_id,
         **_counts(results),
     }
-    if not attempt.held and not any(isinstance(result, _OWED) for result in results):
+    if not expired and not attempt.held and not any(isinstance(result, _OWED) for result in results):
         return await connection.fetchval(*CLOSE.arguments(schema, parameters)) is not None
     kept, done = _sorted_out(attempt, results, policy)
     parameters |= {
-        "error_code": error_code or next((each.error_code for each in kept if each.error_code), None),
+        "expired": expired,
+        "error_code": _code(error_code) or next((each.error_code for each in kept if each.error_code), None),
         **_done_parameters(done),
         **_kept_parameters(kept),
     }
@@ -241,6 +243,10 @@ def _kept_parameters(kept: list[Kept]) -> dict[str, Any]:
         "error_codes": [each.error_code for each in kept],
         "errors": [each.error for each in kept],
     }
+
+
+def _code(code: str | None) -> str | None:
+    return None if code is None else _printable(code)[:64]
 
 
 def _printable(problem: str) -> str:

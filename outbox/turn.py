@@ -26,6 +26,11 @@ select secondary.status, secondary.ordering, secondary.breaker, secondary.breake
              and attempt.finished_at is null and attempt.lease_until < statement_timestamp()
        ) as lost_attempts,
        exists (
+           select from {schema}.outbox_attempt as attempt
+           where attempt.backend_id = secondary.backend_id and attempt.attempt_id > secondary.folded_through
+             and attempt.finished_at is null
+       ) as open_attempts,
+       exists (
            select from {schema}.outbox_hold as hold where hold.backend_id = secondary.backend_id
        ) as holds,
        exists (
@@ -49,6 +54,7 @@ class Turn(msgspec.Struct, frozen=True):
     breaker_wait: float
     folded_through: int
     lost_attempts: bool
+    open_attempts: bool
     holds: bool
     suspects: bool
 

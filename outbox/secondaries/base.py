@@ -33,7 +33,7 @@ class Stale(msgspec.Struct, frozen=True):
 
 
 class Retry(msgspec.Struct, frozen=True):
-    """This event failed and may succeed later; it spends an attempt.
+    """The event failed and may succeed later; it spends an attempt.
 
     `code` is a short stable word for status pages and never holds content; `after` is a wait the secondary asked for.
     """
@@ -44,7 +44,7 @@ class Retry(msgspec.Struct, frozen=True):
 
 
 class Rejected(msgspec.Struct, frozen=True):
-    """This event will never succeed as it is; it is dead at once."""
+    """The event will never succeed as it is; it is dead at once."""
 
     code: str
     problem: str = ""

@@ -27,9 +27,7 @@ class MemorySecondary:
         """Keep each event that is newer than what is held for its key."""
         return [self._keep(event) for event in batch]
 
-    async def scan(
-        self, tenant_id: str, resource_type: str, after: str | None = None
-    ) -> AsyncIterator[ResourceDigest]:
+    async def scan(self, tenant_id: str, resource_type: str, after: str | None = None) -> AsyncIterator[ResourceDigest]:
         """Yield the live resources in id order."""
         live = [
             (event.resource_id.encode(), event)

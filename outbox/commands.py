@@ -1,0 +1,201 @@
+"""Commands: what `outbox` can be told. They parse and print; what they do is in `errands`."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from datetime import timedelta
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from msgspec.structs import asdict
+
+from outbox import errands
+from outbox.errors import SettingsError
+from outbox.interrupt import until_signal
+from outbox.migrate import migration_sql
+from outbox.reach import manager_of, place_of, tables_of
+from outbox.reconcile import ReconciliationResult
+from outbox.render import console, drift_table, drift_text, failure_table, json_text, lag_text, status_table
+from outbox.settings import SyncConfig
+
+__all__ = ["app", "demo", "list_failures", "migrate_tables", "reconcile", "relay", "status"]
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    # Locals in a traceback would show addresses with their passwords.
+    pretty_exceptions_enable=False,
+    help="Keep secondaries equal to a PostgreSQL primary, and prove it.",
+)
+
+_App = Annotated[
+    str | None,
+    typer.Option("--app", envvar="OUTBOX_APP", metavar="MODULE:ATTRIBUTE", help="Your SyncManager, found from here."),
+]
+_Config = Annotated[
+    Path | None,
+    typer.Option("--config", envvar="OUTBOX_CONFIG", metavar="FILE", help="A TOML file that describes the manager."),
+]
+_Dsn = Annotated[
+    str | None,
+    typer.Option("--dsn", envvar="OUTBOX_DSN", metavar="URL", help="The primary: postgresql://user@host/database."),
+]
+_Schema = Annotated[
+    str | None, typer.Option("--schema", metavar="NAME", help="The schema of the outbox tables.  [default: public]")
+]
+_Json = Annotated[bool, typer.Option("--json", help="Print JSON for programs.")]
+
+
+@app.command(name="migrate")
+def migrate_tables(
+    dsn: _Dsn = None,
+    schema: _Schema = None,
+    *,
+    sql: Annotated[bool, typer.Option("--sql", help="Print the SQL and connect to nothing.")] = False,
+) -> None:
+    """Bring the outbox tables of a database to what this version needs."""
+    if sql:
+        typer.echo(migration_sql((SyncConfig(database_schema=schema) if schema else SyncConfig.load()).database_schema))
+        return
+    tables = tables_of(None, None, dsn, schema)
+    before, after = asyncio.run(errands.migrate_tables(tables))
+    done = f"upgraded the outbox tables from {before} to {after}" if before else f"created the outbox tables ({after})"
+    done = f"nothing to do, the outbox tables are at {after}" if before == after else done
+    typer.echo(f"{place_of(tables.engine)}, schema {tables.schema}: {done}")
+
+
+@app.command()
+def relay(
+    app: _App = None,
+    config: _Config = None,
+    *,
+    drain: Annotated[bool, typer.Option("--drain", help="Carry until nothing is due, then end.")] = False,
+) -> None:
+    """Carry what is owed to the secondaries until SIGTERM or Ctrl-C; any number may run beside each other."""
+    logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    logging.getLogger("outbox").setLevel(logging.INFO)
+    manager = manager_of(app, config)
+    _exit(until_signal(errands.drain(manager)) if drain else asyncio.run(errands.carry(manager)))
+
+
+@app.command()
+def status(
+    app: _App = None,
+    config: _Config = None,
+    dsn: _Dsn = None,
+    schema: _Schema = None,
+    *,
+    max_lag: Annotated[
+        float, typer.Option("--max-lag", min=0, metavar="SECONDS", help="The oldest that an owed delivery may be.")
+    ] = 60.0,
+    json: _Json = False,
+) -> None:
+    """Show how far behind each secondary is.
+
+    Exit status 1 when a live one lags too much, or one has dead keys or a breaker that is not closed.
+    """
+    found = asyncio.run(errands.look_at_status(tables_of(app, config, dsn, schema)))
+    problems = {each.backend_id: errands.problems_of(each, timedelta(seconds=max_lag)) for each in found}
+    behind = any(problems.values())
+    if json:
+        secondaries = [{**asdict(each), "problems": problems[each.backend_id]} for each in found]
+        typer.echo(json_text({"ok": not behind, "max_lag": max_lag, "secondaries": secondaries}))
+    elif found:
+        console().print(status_table(found, problems))
+    else:
+        typer.echo("No secondary is registered yet; a relay registers those of its manager.")
+    _exit(int(behind))
+
+
+@app.command(name="failures")
+def list_failures(
+    app: _App = None,
+    config: _Config = None,
+    dsn: _Dsn = None,
+    schema: _Schema = None,
+    *,
+    backend: Annotated[str | None, typer.Option("--backend", metavar="NAME", help="Only this secondary's.")] = None,
+    most: Annotated[int, typer.Option("--most", min=1, help="How many to list.")] = 100,
+    json: _Json = False,
+) -> None:
+    """List the keys that failed: dead ones first, then those that will be tried again."""
+    found = asyncio.run(errands.look_at_failures(tables_of(app, config, dsn, schema), backend, most))
+    if json:
+        typer.echo(json_text({"failures": found}))
+    elif found:
+        console().print(failure_table(found))
+    else:
+        typer.echo("Nothing fails.")
+
+
+@app.command()
+def reconcile(
+    backend: Annotated[str, typer.Argument(metavar="BACKEND", help="The secondary to compare with the primary.")],
+    app: _App = None,
+    config: _Config = None,
+    tenant: Annotated[str | None, typer.Option("--tenant", help="Only this tenant.")] = None,
+    resource_type: Annotated[str | None, typer.Option("--type", help="Only this resource type.")] = None,
+    *,
+    repair: Annotated[
+        bool, typer.Option("--repair/--dry-run", help="Record events that restore what differs, or only tell.")
+    ] = False,
+    json: _Json = False,
+) -> None:
+    """Compare a secondary with the primary, and repair it through the outbox if told to.
+
+    Exit status 1 when drift is left: found, and no event recorded that repairs it.
+    """
+    manager = manager_of(app, config)
+    result = asyncio.run(errands.reconcile(manager, backend, tenant, resource_type, repair=repair))
+    left = result.missing + result.extra + result.stale + result.altered - result.repaired
+    if json:
+        typer.echo(json_text(result))
+    else:
+        _show_reconciled(result, left)
+    _exit(int(left > 0))
+
+
+@app.command()
+def demo(
+    *,
+    once: Annotated[
+        bool, typer.Option("--once", help="Plain lines, as fast as it goes; status 0 only if all is proved equal.")
+    ] = False,
+    keep: Annotated[bool, typer.Option("--keep", help="Leave everything running afterwards, until Ctrl-C.")] = False,
+    data: Annotated[
+        Path | None,
+        typer.Option("--data", exists=True, help="FHIR resources of your own: a folder or file of JSON or NDJSON."),
+    ] = None,
+    seed: Annotated[int, typer.Option("--seed", help="Draws other changes and other damage.")] = 1,
+) -> None:
+    """Watch it work for a minute: real servers, a crash, damage behind its back, and the proof that all is equal."""
+    try:
+        from outbox.demo import run_demo  # noqa: PLC0415 - needs the clients and servers of an extra
+    except ModuleNotFoundError as missing:
+        raise SettingsError("demo", f"needs {missing.name}: pip install 'outbox-sync[demo]'") from None
+    _exit(run_demo(once=once, keep=keep, data=data, seed=seed))
+
+
+def _exit(code: int) -> None:
+    if code:
+        raise typer.Exit(code)
+
+
+def _show_reconciled(result: ReconciliationResult, left: int) -> None:
+    if result.samples:
+        console().print(drift_table(result.samples))
+    typer.echo(f"{result.backend_id}: {drift_text(result)}")
+    typer.echo(
+        f"compared {result.primary_count:,} resources of the primary with {result.secondary_count:,} of "
+        f"{result.backend_id} in {lag_text(result.duration)}; {result.in_flight:,} were in flight and are not counted"
+    )
+    if result.repaired:
+        typer.echo(
+            f"recorded {result.repaired:,} events that restore them; a relay carries them to {result.backend_id}"
+        )
+    if result.refused:
+        typer.echo(f"left {result.refused:,} extra alone: too many to be deleted without asking")
+    elif left > 0 and not result.repaired:
+        typer.echo("--repair records the events that restore them")

@@ -1,0 +1,122 @@
+"""Errands: what the commands have done on a primary. Nothing is printed here, and every connection is closed after."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from datetime import timedelta
+
+from alembic.runtime.migration import MigrationContext
+from sqlalchemy import Connection
+
+from outbox.errors import UnknownSecondary
+from outbox.manager import SyncManager
+from outbox.migrate import check_schema, migrate
+from outbox.reach import Tables, Unreached, place_of, reached
+from outbox.reconcile import ReconciliationResult
+from outbox.relay import Relay
+from outbox.status import BackendSyncStatus, Failure, failures, statuses
+
+__all__ = ["carry", "drain", "look_at_failures", "look_at_status", "migrate_tables", "problems_of", "reconcile"]
+
+_log = logging.getLogger("outbox.cli")
+
+
+async def migrate_tables(tables: Tables) -> tuple[str | None, str | None]:
+    """Migrate to the newest revision; return the revisions before and after, None where there were no tables."""
+    async with reached(tables.engine):
+        before = await _revision(tables)
+        await migrate(tables.engine, tables.schema)
+        return before, await _revision(tables)
+
+
+async def carry(manager: SyncManager) -> int:
+    """Run a relay until a signal stops it; return 0, as a stop that was asked for is no failure."""
+    relay = manager.relay()
+    relay.stop_on_signals()
+    async with _ready(manager, relay):
+        await relay.run()
+    _log.info("relay %s stopped, with nothing left in hand", relay.relay_id)
+    return 0
+
+
+async def drain(manager: SyncManager) -> int:
+    """Run a relay until nothing is due; return 0."""
+    relay = manager.relay()
+    async with _ready(manager, relay):
+        carried = await relay.drain()
+    _log.info("relay %s stopped: %d deliveries carried, nothing more is due", relay.relay_id, carried)
+    return 0
+
+
+async def look_at_status(tables: Tables) -> list[BackendSyncStatus]:
+    """Return every registered secondary. Raises `SchemaMissing`."""
+    async with reached(tables.engine):
+        await check_schema(tables.engine, tables.schema)
+        return await statuses(tables.engine, tables.schema)
+
+
+def problems_of(status: BackendSyncStatus, objective: timedelta) -> list[str]:
+    """Return what keeps a secondary from its objective: `lag`, `dead`, `breaker`, or nothing.
+
+    Only a live one can be late: who is paused is meant to lag.
+    """
+    if status.status == "removed":
+        return []
+    late = status.status == "live" and status.lag > objective
+    # A breaker that probes was open a moment ago; an alarm must not go off and on with every probe.
+    found = {"lag": late, "dead": status.dead > 0, "breaker": status.breaker != "closed"}
+    return [problem for problem, there in found.items() if there]
+
+
+async def look_at_failures(tables: Tables, backend: str | None, most: int) -> list[Failure]:
+    """Return up to `most` failures. Raises `SchemaMissing`, and `UnknownSecondary` for a name nobody registered."""
+    async with reached(tables.engine):
+        await check_schema(tables.engine, tables.schema)
+        known = [each.backend_id for each in await statuses(tables.engine, tables.schema)]
+        if backend not in (None, *known):
+            raise UnknownSecondary(str(backend), f"the registry has {', '.join(known) or 'none'}")
+        return await failures(tables.engine, tables.schema, backend, most)
+
+
+async def reconcile(
+    manager: SyncManager, backend: str, tenant: str | None, resource_type: str | None, *, repair: bool
+) -> ReconciliationResult:
+    """Compare; with `repair`, record what restores. Raises `Unreached` when there is nothing to compare."""
+    types = sorted(each.resource_type for each in manager.tracking)
+    if not types:
+        raise Unreached("this manager tracks no class to compare a secondary with: name your own with --app")
+    if resource_type not in (None, *types):
+        raise Unreached(f"--type {resource_type}: is not tracked; tracked are {', '.join(types)}")
+    try:
+        async with reached(manager.engine):
+            await check_schema(manager.engine, manager.config.database_schema)
+            # Repairs are owed to who is in the registry, so a name it does not have must not pass for repaired.
+            await manager.backend_status(backend)
+            return await manager.reconcile(backend, tenant_id=tenant, resource_type=resource_type, repair=repair)
+    finally:
+        await manager.aclose()
+
+
+@asynccontextmanager
+async def _ready(manager: SyncManager, relay: Relay) -> AsyncIterator[None]:
+    names = [each.backend_id for each in manager.registrations]
+    if not names:
+        raise Unreached("this manager has no secondaries, so a relay would have nothing to carry")
+    try:
+        async with reached(manager.engine):
+            await check_schema(manager.engine, manager.config.database_schema)
+            _log.info("relay %s carries from %s to %s", relay.relay_id, place_of(manager.engine), ", ".join(names))
+            yield
+    finally:
+        await manager.aclose()
+
+
+async def _revision(tables: Tables) -> str | None:
+    def current(connection: Connection) -> str | None:
+        options = {"version_table": "outbox_version", "version_table_schema": tables.schema}
+        return MigrationContext.configure(connection, opts=options).get_current_revision()
+
+    async with tables.engine.connect() as connection:
+        return await connection.run_sync(current)

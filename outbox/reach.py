@@ -1,0 +1,120 @@
+"""Reach: find the manager or the primary that a command is about, and say in a sentence why it cannot be reached."""
+
+from __future__ import annotations
+
+import socket
+import sys
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from importlib import import_module
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from sqlalchemy.exc import DBAPIError
+from sqlalchemy.ext.asyncio import AsyncEngine
+
+from outbox.config import engine_on, manager_from_config
+from outbox.errors import OutboxError
+from outbox.manager import SyncManager
+from outbox.primary import PRIMARY_FAILED
+from outbox.settings import SyncConfig
+
+__all__ = ["Tables", "Unreached", "manager_of", "place_of", "reached", "tables_of"]
+
+_REFUSALS = {
+    "28000": "refuses this account: check its user and its pg_hba.conf",
+    "28P01": "refuses the password: check user and password of the address",
+    "3D000": "has no such database: create it, or correct the address",
+    "3F000": "has no such schema: create it, or name another with --schema",
+    "42501": "denies a permission that this needs: ask for it, or use an account that has it",
+    "42P01": "misses a table of the outbox: run `outbox migrate`",
+    "53300": "has no connection left: close some, or raise max_connections",
+    "57P03": "is starting up or shutting down: try again in a moment",
+}
+
+
+class Unreached(OutboxError):
+    """What a command is about was not named, is not there, does not answer, or refuses."""
+
+
+class Tables(NamedTuple):
+    """The outbox tables of a primary: the way to it, and their schema."""
+
+    engine: AsyncEngine
+    schema: str
+
+
+def manager_of(app: str | None, config: Path | None) -> SyncManager:
+    """Return the manager that `--app module:attribute` or `--config FILE` names. Raises `OutboxError`."""
+    if app is not None:
+        return _manager_in_code(app)
+    if config is not None:
+        return manager_from_config(config)
+    raise Unreached("no manager is named: give --app module:attribute, or --config with a file that describes one")
+
+
+def tables_of(app: str | None, config: Path | None, dsn: str | None, schema: str | None) -> Tables:
+    """Return the tables of an application, a configuration or an address, whichever is given first."""
+    if app is not None or config is not None:
+        manager = manager_of(app, config)
+        return Tables(manager.engine, schema or manager.config.database_schema)
+    if not dsn:
+        raise Unreached("no primary is named: give --dsn, or OUTBOX_DSN in the environment, or --app, or --config")
+    settings = SyncConfig(database_schema=schema) if schema else SyncConfig.load()
+    return Tables(engine_on(dsn), settings.database_schema)
+
+
+def place_of(engine: AsyncEngine) -> str:
+    """Return where an engine leads, as host:port/database: without account, password and options."""
+    url = engine.url
+    return f"{url.host or 'localhost'}:{url.port or 5432}/{url.database or ''}"
+
+
+@asynccontextmanager
+async def reached(engine: AsyncEngine) -> AsyncIterator[None]:
+    """Raise `Unreached` for whatever the primary may fail with, and dispose of the engine at the end."""
+    try:
+        yield
+    except PRIMARY_FAILED as error:
+        raise Unreached(f"PostgreSQL at {place_of(engine)} {_problem(error)}") from error
+    finally:
+        await engine.dispose()
+
+
+def _problem(error: BaseException) -> str:
+    """Say what is wrong and what to do, by types and codes: a server's own words may quote values."""
+    cause = error.orig if isinstance(error, DBAPIError) else error
+    code = getattr(cause, "sqlstate", None)
+    if isinstance(code, str):
+        return _REFUSALS.get(code, f"refused what was asked of it (SQLSTATE {code})")
+    if isinstance(cause, socket.gaierror):
+        return "has a host name that is not known here: correct the address"
+    if isinstance(cause, (OSError, TimeoutError)):
+        return f"does not answer ({type(cause).__name__}): is it running, and is the address right?"
+    return f"failed ({type(cause).__name__})"
+
+
+def _manager_in_code(reference: str) -> SyncManager:
+    module_name, colon, attribute = reference.partition(":")
+    if not colon or not module_name or not attribute:
+        raise Unreached(f"--app {reference}: must be module:attribute, such as shop.sync:manager")
+    # As `python -m` does it: the application is looked for where the command is run.
+    if "" not in sys.path and str(Path.cwd()) not in sys.path:
+        sys.path.insert(0, str(Path.cwd()))
+    try:
+        found: Any = import_module(module_name)
+    except ModuleNotFoundError as missing:
+        # What the application itself misses is its own error, told with its own traceback.
+        if missing.name is None or not f"{module_name}.".startswith(f"{missing.name}."):
+            raise
+        where = f"in {Path.cwd()} or among what is installed"
+        raise Unreached(f"--app {reference}: there is no module {missing.name} {where}") from None
+    for name in attribute.split("."):
+        found = getattr(found, name, None)
+    if not isinstance(found, SyncManager):
+        raise Unreached(f"--app {reference}: is {_kind_of(found)}, not a SyncManager")
+    return found
+
+
+def _kind_of(found: Any) -> str:
+    return "nothing that is there" if found is None else f"of type {type(found).__name__}"

@@ -1,0 +1,45 @@
+with busy as materialized (
+    select unnest(attempt.key_hashes) as key_hash
+    from "public".outbox_attempt as attempt
+    where attempt.backend_id = $1 and attempt.attempt_id > $2 and attempt.finished_at is null
+), fresh as materialized (
+    select delivery.row_id, delivery.lane, delivery.event_id, delivery.key_hash
+    from unnest(cast($3 as smallint[]), cast($4 as bigint[]), cast($5 as integer[]))
+        as lane (lane, floor, share)
+    cross join lateral (
+        select delivery.ctid as row_id, delivery.lane, delivery.event_id, delivery.key_hash
+        from "public".outbox_delivery as delivery
+        where delivery.backend_id = $1 and delivery.lane = lane.lane and delivery.event_id > lane.floor
+          and delivery.key_hash not in (select key_hash from busy)
+          and not exists (
+              select from "public".outbox_hold as hold
+              where hold.backend_id = $1 and hold.key_hash = delivery.key_hash
+          )
+        order by delivery.event_id
+        limit lane.share
+        for update of delivery skip locked
+    ) as delivery
+    limit cast($6 as integer) * cast($7 as integer)
+), gone as (
+    delete from "public".outbox_delivery as delivery using fresh where delivery.ctid = fresh.row_id
+), sliced as materialized (
+    select lane, event_id, key_hash, (rank() over (order by key_hash) - 1) / cast($6 as integer) as slice
+    from fresh
+), numbered as materialized (
+    select slice, nextval('"public".outbox_attempt_attempt_id_seq') as attempt_id
+    from (select distinct slice from sliced) as slice
+), opened as (
+    insert into "public".outbox_attempt (backend_id, attempt_id, relay_id, event_ids, key_hashes, lease_until)
+    overriding system value
+    select $1, numbered.attempt_id, cast($8 as uuid), array_agg(sliced.event_id),
+           array_agg(sliced.key_hash), clock_timestamp() + cast($9 as interval)
+    from numbered join sliced on sliced.slice = numbered.slice
+    group by numbered.attempt_id
+)
+select numbered.attempt_id, sliced.lane,
+       event.tenant_id, event.resource_type, event.resource_id, event.operation,
+       cast(event.content as text) as content, event.version,
+       event.fhir_version, event.bulk_id, cast(event.headers as text) as headers, event.event_id, event.created_at
+from numbered join sliced on sliced.slice = numbered.slice
+join "public".outbox as event on event.event_id = sliced.event_id
+order by numbered.attempt_id, event.event_id

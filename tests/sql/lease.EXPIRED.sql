@@ -1,0 +1,14 @@
+select attempt.attempt_id,
+       hold.attempts, hold.lost,
+       statement_timestamp() - hold.first_failed_at as failing_for,
+       event.tenant_id, event.resource_type, event.resource_id, event.operation, null as content, event.version,
+       event.fhir_version, event.bulk_id, cast(event.headers as text) as headers, event.event_id, event.created_at
+from "public".outbox_attempt as attempt
+cross join unnest(attempt.event_ids) as owed (event_id)
+join "public".outbox as event on event.event_id = owed.event_id
+left join "public".outbox_hold as hold
+  on hold.backend_id = attempt.backend_id and hold.tenant_id = event.tenant_id
+ and hold.resource_type = event.resource_type and hold.resource_id = event.resource_id
+where attempt.backend_id = $1 and attempt.attempt_id > $2
+  and attempt.finished_at is null and attempt.lease_until < statement_timestamp()
+order by attempt.attempt_id, event.event_id

@@ -1,0 +1,52 @@
+with closed as (
+    update "public".outbox_attempt as attempt
+    set finished_at = clock_timestamp(), applied = $1, stale = $2,
+        superseded = attempt.superseded + cast($3 as integer), retried = $4, rejected = $5,
+        released = $6, lost = $7, error_code = $8
+    where attempt.backend_id = $9 and attempt.attempt_id = $10 and attempt.finished_at is null
+      and (attempt.relay_id = cast($11 as uuid)
+           or cast($7 as integer) > 0 and attempt.lease_until < statement_timestamp())
+    returning attempt.attempt_id
+), done as materialized (
+    select done.*
+    from closed cross join unnest(
+        cast($12 as text[]), cast($13 as text[]), cast($14 as text[])
+    ) as done (tenant_id, resource_type, resource_id)
+), resolved as (
+    delete from "public".outbox_hold as hold
+    using done
+    where hold.backend_id = $9 and hold.tenant_id = done.tenant_id
+      and hold.resource_type = done.resource_type and hold.resource_id = done.resource_id and hold.event_ids = '{}'
+), eased as (
+    update "public".outbox_hold as hold
+    set state = 'released', attempts = 0, lost = 0, alone = false, next_attempt_at = statement_timestamp()
+    from done
+    where hold.backend_id = $9 and hold.tenant_id = done.tenant_id
+      and hold.resource_type = done.resource_type and hold.resource_id = done.resource_id and hold.event_ids <> '{}'
+), held as (
+    insert into "public".outbox_hold as hold
+        (backend_id, tenant_id, resource_type, resource_id, key_hash, event_ids, owed_since, state, attempts, lost,
+         alone, first_failed_at, last_failed_at, next_attempt_at, error_code, error)
+    select $9, kept.tenant_id, kept.resource_type, kept.resource_id,
+           hashtextextended(kept.tenant_id || '/' || kept.resource_type || '/' || kept.resource_id, 0),
+           cast(kept.event_ids as bigint[]), kept.owed_since, kept.state, kept.attempts, kept.lost, kept.alone,
+           case when kept.attempts > 0 then statement_timestamp() end,
+           case when kept.state <> 'released' then statement_timestamp() end,
+           statement_timestamp() + make_interval(secs => kept.delay), kept.error_code, kept.error
+    from closed cross join unnest(
+        cast($15 as text[]), cast($16 as text[]), cast($17 as text[]),
+        cast($18 as text[]), cast($19 as timestamptz[]), cast($20 as text[]),
+        cast($21 as integer[]), cast($22 as integer[]), cast($23 as boolean[]),
+        cast($24 as double precision[]), cast($25 as text[]), cast($26 as text[])
+    ) as kept (tenant_id, resource_type, resource_id, event_ids, owed_since, state, attempts, lost, alone, delay,
+               error_code, error)
+    on conflict (backend_id, tenant_id, resource_type, resource_id) do update
+    set event_ids = excluded.event_ids || hold.event_ids,
+        owed_since = excluded.owed_since, state = excluded.state, attempts = excluded.attempts, lost = excluded.lost,
+        alone = excluded.alone, next_attempt_at = excluded.next_attempt_at,
+        first_failed_at = case when excluded.attempts > 1 then hold.first_failed_at else excluded.first_failed_at end,
+        last_failed_at = coalesce(excluded.last_failed_at, hold.last_failed_at),
+        error_code = coalesce(excluded.error_code, hold.error_code),
+        error = coalesce(excluded.error, hold.error)
+)
+select attempt_id from closed

@@ -1,0 +1,19 @@
+select secondary.status, secondary.ordering, secondary.breaker, secondary.breaker_failures, secondary.breaker_ramp,
+       cast(coalesce(extract(epoch from secondary.breaker_until - statement_timestamp()), 0) as double precision)
+           as breaker_wait,
+       secondary.folded_through,
+       exists (
+           select from "public".outbox_attempt as attempt
+           where attempt.backend_id = secondary.backend_id and attempt.attempt_id > secondary.folded_through
+             and attempt.finished_at is null and attempt.lease_until < statement_timestamp()
+       ) as lost_attempts,
+       exists (
+           select from "public".outbox_hold as hold where hold.backend_id = secondary.backend_id
+       ) as holds,
+       exists (
+           select from "public".outbox_hold as hold
+           where hold.backend_id = secondary.backend_id and hold.next_attempt_at <= statement_timestamp() and hold.alone
+       ) as suspects
+from "public".outbox_secondary as secondary
+where secondary.backend_id = $1
+for no key update of secondary skip locked
