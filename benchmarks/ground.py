@@ -5,6 +5,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
+from dataclasses import dataclass
 
 import asyncpg
 from sqlalchemy.ext.asyncio import create_async_engine
@@ -67,3 +68,30 @@ async def outbox_database(server: EmbeddedPostgres) -> AsyncIterator[str]:
 def spread(values: Sequence[float]) -> str:
     """Median, and how far the runs were apart: the machine's noise."""
     return f"{statistics.median(values):10.2f}  ({min(values):.2f} to {max(values):.2f})"
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One line of the table: what was measured, once per run, and what it should be. Without a bound it informs."""
+
+    name: str
+    values: Sequence[float]
+    least: float | None = None
+    most: float | None = None
+
+    @property
+    def goal(self) -> str:
+        if self.least is not None:
+            return f">= {self.least:g}"
+        return "-" if self.most is None else f"<= {self.most:g}"
+
+    @property
+    def verdict(self) -> str:
+        if self.least is None and self.most is None:
+            return ""
+        median = statistics.median(self.values)
+        kept = median >= self.least if self.least is not None else median <= (self.most or 0)
+        return "pass" if kept else "short"
+
+    def __str__(self) -> str:
+        return f"{self.name:<64} {self.goal:>8} {spread(self.values):<36} {self.verdict}"

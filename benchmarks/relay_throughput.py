@@ -12,11 +12,12 @@ import argparse
 import asyncio
 import statistics
 import time
+from collections.abc import AsyncIterator
 
 import asyncpg
 from sqlalchemy.ext.asyncio import create_async_engine
 
-from benchmarks.ground import CONTENT, FILL, Nothing, outbox_database, spread
+from benchmarks.ground import CONTENT, FILL, Nothing, Row, outbox_database
 from outbox import SyncConfig, SyncManager
 from outbox.testing.postgres import EmbeddedPostgres
 
@@ -24,6 +25,7 @@ FLOOR_TABLE = "create table floor (id bigint generated always as identity primar
 FLOOR_FILL = "insert into floor (content) select $2::json from generate_series(1, $1)"
 FLOOR_CLAIM = "select id, content from floor order by id limit $1 for update skip locked"
 FLOOR_DELETE = "delete from floor where id = any ($1)"
+GOAL = 0.6
 
 
 async def floor(dsn: str, events: int, batch: int) -> float:
@@ -69,8 +71,9 @@ async def ours(dsn: str, events: int, batch: int, tenants: int) -> float:
     return rate
 
 
-async def measure(server: EmbeddedPostgres, runs: int, events: int) -> None:
-    print(f"{'batch':>6} {'tenants':>8} {'floor ev/s':>12} {'ours ev/s':>12}   ratio, median (min to max)")
+async def rows(server: EmbeddedPostgres, runs: int, scale: float = 1.0, events: int = 60_000) -> AsyncIterator[Row]:
+    """Yield a row for each batch size and number of tenants."""
+    events = max(1_000, int(events * scale))
     async with outbox_database(server) as name:
         dsn = server.dsn(name, driver="postgresql")
         for batch in (100, 500):
@@ -79,8 +82,13 @@ async def measure(server: EmbeddedPostgres, runs: int, events: int) -> None:
                     (await floor(dsn, events, batch), await ours(dsn, events, batch, tenants)) for _ in range(runs)
                 ]
                 rates = [statistics.median(side) for side in zip(*pairs, strict=True)]
-                ratio = spread([mine / base for base, mine in pairs])
-                print(f"{batch:>6} {tenants:>8} {rates[0]:>12,.0f} {rates[1]:>12,.0f} {ratio}", flush=True)
+                what = f"relay / floor, batch {batch}, {tenants} tenants ({rates[1]:,.0f} / {rates[0]:,.0f} events/s)"
+                yield Row(what, [mine / base for base, mine in pairs], least=GOAL)
+
+
+async def measure(server: EmbeddedPostgres, runs: int, events: int) -> None:
+    async for row in rows(server, runs, events=events):
+        print(row, flush=True)
 
 
 def main() -> None:

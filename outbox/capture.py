@@ -10,7 +10,7 @@ from typing import Any, TypedDict, cast
 from urllib.parse import quote
 from uuid import UUID
 
-from sqlalchemy import Table, event, inspect
+from sqlalchemy import Table, event, inspect, select
 from sqlalchemy.orm import Mapper, QueryableAttribute, Session, object_session
 
 from outbox.content import DEFAULT_LIMITS, Limits
@@ -125,7 +125,14 @@ class Tracking:
         """Return the tracked class that a table belongs to."""
         if not isinstance(table, Table):
             return None
-        return next((each for each in self if table in inspect(each.entity).tables), None)
+        return next(
+            (
+                each
+                for each in self
+                if any(table in mapper.tables for mapper in inspect(each.entity).self_and_descendants)
+            ),
+            None,
+        )
 
     def _listen(self, entity: type[Any]) -> None:
         # The mapper's events fire for exactly the rows a flush writes, cascades and orphans included.
@@ -180,6 +187,8 @@ class _Collector:
         session = object_session(row)
         assert session is not None, "a flush always has its session"
         changes = changes_of(session, type(row))
+        if changes.tracking is not self._tracking and changes.tracking.of(type(row)) is None:
+            raise UntrackedWrite(f"{type(row).__name__} is tracked, but not by this session's manager")
         if changes.tracking is self._tracking:
             before = tracked.key_of(AsItWas(row)) if operation is Operation.UPDATE and not switched else None
             changes.append(Change(operation, row, before, switched))
@@ -192,10 +201,18 @@ class AsItWas:
         self.outbox_row = row
 
     def __getattr__(self, name: str) -> Any:
-        """Return the attribute as it was loaded."""
-        attributes = inspect(self.outbox_row).attrs
-        history = attributes[name].history if name in attributes else None
-        return history.deleted[0] if history and history.deleted else getattr(self.outbox_row, name)
+        """Return the attribute as it was loaded, or as the database still has it."""
+        state = inspect(self.outbox_row)
+        history = state.attrs[name].history if name in state.mapper.column_attrs else None
+        if not history or not history.added:
+            return getattr(self.outbox_row, name)
+        return history.deleted[0] if history.deleted else self._stored(state, name)
+
+    def _stored(self, state: Any, name: str) -> Any:
+        # Set without having been loaded, as after a commit; the UPDATE has not been written yet.
+        keys = zip(state.mapper.primary_key, state.identity, strict=True)
+        statement = select(getattr(state.mapper.class_, name)).where(*(column == value for column, value in keys))
+        return state.session.execute(statement).scalar_one()
 
 
 def _function(mapping: Callable[[Any], str] | QueryableAttribute[Any]) -> Callable[[Any], str]:

@@ -5,10 +5,10 @@ from __future__ import annotations
 import hashlib
 import json
 from dataclasses import dataclass
-from decimal import Decimal
+from decimal import Decimal, InvalidOperation
 from typing import Any, NoReturn
 
-from outbox.errors import InvalidEvent
+from outbox.errors import InvalidEvent, SettingsError
 
 __all__ = ["DEFAULT_LIMITS", "Limits", "canonical", "canonical_value", "content_digest", "encode_content"]
 
@@ -28,6 +28,11 @@ class Limits:
     depth: int = 64
     id_bytes: int = 512
     key_bytes: int = 1_024
+
+    def __post_init__(self) -> None:
+        """Raise `SettingsError` for an id that the index of held keys could not take."""
+        if self.id_bytes > 2_048:
+            raise SettingsError("id_bytes", "must not exceed 2,048")
 
 
 DEFAULT_LIMITS = Limits()
@@ -116,12 +121,20 @@ def _parsed(text: str) -> Any:
             object_pairs_hook=_Pairs,
             parse_constant=_refuse_constant,
             parse_int=lambda _: 0,
-            parse_float=lambda _: 0,
+            parse_float=_checked_float,
         )
     except RecursionError:
         raise InvalidEvent("content", "is nested too deeply") from None
     except json.JSONDecodeError as error:
         raise InvalidEvent("content", f"is not JSON (at character {error.pos})") from None
+
+
+def _checked_float(text: str) -> int:
+    try:
+        Decimal(text)
+    except InvalidOperation:
+        raise InvalidEvent("content", "holds a number whose exponent nobody can compare") from None
+    return 0
 
 
 def _refuse_constant(name: str) -> NoReturn:
@@ -131,8 +144,8 @@ def _refuse_constant(name: str) -> NoReturn:
 def _serialised(content: Any) -> str:
     try:
         return json.dumps(content, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
-    except ValueError:
-        raise InvalidEvent("content", "holds an integer with more digits than Python will print") from None
+    except RecursionError:
+        raise InvalidEvent("content", "is nested too deeply") from None
 
 
 def _check_size(text: str, limits: Limits) -> None:
@@ -198,6 +211,11 @@ def _check_text(value: str, path: _Path) -> None:
 
 
 def _check_number(value: float, path: _Path) -> None:
+    if isinstance(value, int) and value.bit_length() > 2_000:
+        try:
+            str(value)
+        except ValueError:
+            raise InvalidEvent(_render(path), "is an integer with more digits than Python will print") from None
     if isinstance(value, float) and value - value != 0:
         raise InvalidEvent(_render(path), "is not a finite number, which JSON does not have")
 

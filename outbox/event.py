@@ -208,7 +208,7 @@ class SyncEvent(msgspec.Struct, frozen=True):
             operation,
             None if content is None else encode_content(content, limits),
             _checked_version(version),
-            None if fhir_version is None else _check_name("fhir_version", str(fhir_version), 16),
+            None if fhir_version is None else _check_name("fhir_version", fhir_version, 16),
             None,
             None if not headers else _encoded_headers(headers, limits),
         )
@@ -248,7 +248,12 @@ def _checked_version(version: Any) -> str | None:
 
 
 def _encoded_headers(headers: Mapping[str, str], limits: Limits) -> str:
+    if not isinstance(headers, Mapping):
+        raise InvalidEvent("headers", f"must be a mapping, not {type(headers).__name__}")
     for name, value in headers.items():
         _check_name("headers", name, 128)
         _check_name("headers", value, 1024)
-    return encode_content(dict(headers), limits)
+    try:
+        return encode_content(dict(headers), limits)
+    except InvalidEvent as error:
+        raise InvalidEvent("headers", error.problem) from None

@@ -7,6 +7,7 @@ from functools import cache
 from typing import TYPE_CHECKING, Any, overload
 
 from sqlalchemy import Connection, TextClause, text
+from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from outbox.errors import NoSecondary, NotInTransaction
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
     import asyncpg
     import psycopg
 
-__all__ = ["RECORD", "arrays", "record"]
+__all__ = ["RECORD", "arrays", "record", "refuse_autocommit"]
 
 # The transaction gets its id before it draws a position: whoever reads the sequence and then the running
 # transactions has seen every writer that may still commit a lower position. Positions are drawn in the
@@ -135,13 +136,23 @@ def _positions(rows: Sequence[Any]) -> list[int]:
 def _record_on_sqlalchemy(
     connection: Connection, events: list[SyncEvent], schema: str, backend_ids: Sequence[str] | None
 ) -> list[int]:
-    if getattr(connection.connection.dbapi_connection, "autocommit", False):
-        raise _no_transaction()
+    refuse_autocommit(connection)
     statement = _sqlalchemy_text(schema)
     positions: list[int] = []
     for chunk in _chunks(events):
-        positions += _positions(connection.execute(statement, arrays(chunk, backend_ids)).all())
+        try:
+            positions += _positions(connection.execute(statement, arrays(chunk, backend_ids)).all())
+        except DBAPIError as error:
+            # Its text would quote the parameters, which are content.
+            error.hide_parameters = True
+            raise
     return positions
+
+
+def refuse_autocommit(connection: Connection) -> None:
+    """Raise `NotInTransaction` when the connection would commit every statement by itself."""
+    if getattr(connection.connection.dbapi_connection, "autocommit", False):
+        raise _no_transaction()
 
 
 def _record_on_driver(

@@ -6,14 +6,14 @@ from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from typing import Any
 
-from sqlalchemy import ClauseElement, Delete, Update, event, inspect
+from sqlalchemy import ClauseElement, Delete, Update, event, inspect, select
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import ORMExecuteState, Session, SessionTransaction
 
 from outbox.capture import Changes, Tracked, Tracking
-from outbox.errors import UntrackedWrite
+from outbox.errors import InvalidEvent, SettingsError, UntrackedWrite
 from outbox.event import Operation, SyncEvent
-from outbox.record import record
+from outbox.record import record, refuse_autocommit
 
 __all__ = ["OutboxSession", "SyncOutboxSession"]
 
@@ -29,6 +29,8 @@ class SyncOutboxSession(Session):
     """
 
     def __init__(self, bind: Any, *, tracking: Tracking, ring: Callable[[], None], schema: str, **options: Any) -> None:
+        if options.get("binds"):
+            raise SettingsError("binds", "must be left out; events and rows share one connection")
         super().__init__(bind, **options)
         self.tracking = tracking
         self._ring = ring
@@ -39,6 +41,9 @@ class SyncOutboxSession(Session):
 
     def record(self, *events: SyncEvent | Iterable[SyncEvent]) -> None:
         """Have events written with the next flush or commit, in the order of the calls, in this transaction."""
+        # As add() does: what is recorded belongs to a transaction from here on, and ends with it.
+        if not self.in_transaction():
+            self.begin()
         for each in events:
             if isinstance(each, SyncEvent):
                 self._recorded.append(each)
@@ -50,13 +55,25 @@ class SyncOutboxSession(Session):
 
         The rows come back through RETURNING in pages of 1,000, so memory stays bounded.
         """
-        tracked = self.tracked_by(statement)
+        tracked = self.tracked_by(statement) if isinstance(statement, (Update, Delete)) else None
         if tracked is None:
             raise UntrackedWrite("execute_recorded: takes an update() or delete() of a tracked class")
         operation = Operation.UPDATE if isinstance(statement, Update) else Operation.DELETE
-        self.flush()
-        options = {"outbox_recorded": True, "populate_existing": True, "yield_per": _PAGE}
-        rows = self.scalars(statement.returning(tracked.entity), execution_options=options)
+        refuse_autocommit(self.connection())
+        # A refused row takes the whole statement back, and leaves the transaction usable.
+        with self.begin_nested():
+            return self._execute_recorded(statement, tracked, operation)
+
+    def _execute_recorded(self, statement: Update | Delete, tracked: Tracked, operation: Operation) -> int:
+        options: dict[str, Any] = {"outbox_recorded": True, "populate_existing": True}
+        # psycopg streams through DECLARE CURSOR, which takes no UPDATE.
+        if self.connection().dialect.driver == "asyncpg":
+            options["yield_per"] = _PAGE
+        if "parententity" not in statement.table._annotations:  # noqa: SLF001 - no public way tells a Core table
+            returning: Any = select(tracked.entity).from_statement(statement.returning(*statement.table.c))
+        else:
+            returning = statement.returning(tracked.entity)
+        rows = self.scalars(returning, execution_options=options)
         count = 0
         for page in rows.partitions(_PAGE):
             events = [tracked.event(operation, row) for row in page]
@@ -77,6 +94,7 @@ class SyncOutboxSession(Session):
 
     def begin_nested(self) -> SessionTransaction:
         """Open a savepoint; what was recorded before it does not share its fate."""
+        self.flush()
         self.write_recorded()
         return super().begin_nested()
 
@@ -106,10 +124,14 @@ class SyncOutboxSession(Session):
 
     def tracked_by(self, statement: Any) -> Tracked | None:
         """Return how the entity that a bulk statement writes is tracked."""
-        entity = statement.entity_description.get("entity")
+        try:
+            entity = statement.entity_description.get("entity")
+        except KeyError:
+            # A statement on a table whose criteria are attributes of a class.
+            entity = None
         if entity is not None:
             return self.tracking.of(inspect(entity).mapper.class_)
-        return self.tracking.of_table(statement.entity_description.get("table"))
+        return self.tracking.of_table(statement.table)
 
 
 class OutboxSession(AsyncSession):
@@ -138,6 +160,7 @@ def _refuse_early(session: SyncOutboxSession, _context: Any, _instances: Any) ->
     A mapping that needs what only the database can give (a generated key) may fail here; it is asked again after
     the rows were written.
     """
+    found = False
     for operation, rows in (
         (Operation.CREATE, session.new),
         (Operation.UPDATE, session.dirty),
@@ -146,18 +169,24 @@ def _refuse_early(session: SyncOutboxSession, _context: Any, _instances: Any) ->
         for row in rows:
             tracked = session.tracking.of(type(row))
             if tracked is not None and (operation is not Operation.UPDATE or session.is_modified(row)):
+                found = True
                 _check(tracked, operation, row)
+    if found:
+        refuse_autocommit(session.connection())
 
 
 def _check(tracked: Tracked, operation: Operation, row: Any) -> None:
     values = inspect(row).dict.values()
     if any(isinstance(value, ClauseElement) for value in values):
         return  # the database computes it
-    if operation is Operation.CREATE and None in inspect(row).mapper.primary_key_from_instance(row):
-        return
     # What a mapping raises for a value that is not there yet says nothing; afterwards it does.
-    with suppress(AttributeError, LookupError, TypeError, ValueError):
-        tracked.event(operation, row)
+    unknown = operation is Operation.CREATE and None in inspect(row).mapper.primary_key_from_instance(row)
+    try:
+        with suppress(AttributeError, LookupError, TypeError, ValueError):
+            tracked.event(operation, row)
+    except InvalidEvent as error:
+        if not unknown or error.path.startswith("content"):
+            raise
 
 
 @event.listens_for(SyncOutboxSession, "after_flush_postexec")
@@ -193,6 +222,12 @@ def _ring(session: SyncOutboxSession) -> None:
 @event.listens_for(SyncOutboxSession, "after_soft_rollback")
 def _forget(session: SyncOutboxSession, previous: SessionTransaction) -> None:
     session.forget(everything=not previous.nested)
+
+
+@event.listens_for(SyncOutboxSession, "after_transaction_end")
+def _end(session: SyncOutboxSession, ended: SessionTransaction) -> None:
+    if ended.parent is None:
+        session.forget(everything=True)
 
 
 @event.listens_for(SyncOutboxSession, "do_orm_execute")

@@ -91,7 +91,7 @@ select attempt_id from closed
 """)
 
 _LONGEST_ERROR = 1024
-_UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\u200b-\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]+")
+_UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\u061c\u200b-\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]+")
 _ALONE_AFTER_LOST = 2
 
 _Key = tuple[str, str, str]
@@ -129,6 +129,7 @@ async def settle(
 
     Autocommits. Any relay may close an `expired` attempt once its lease ran out, otherwise only its holder.
     """
+    expired = expired or any(isinstance(result, Lost) for result in results)
     parameters: dict[str, Any] = {
         "backend_id": attempt.backend_id,
         "attempt_id": attempt.attempt_id,
@@ -183,8 +184,8 @@ def _failed(kept: Kept, held: Held, result: Retry | Rejected | Lost, policy: Ret
         # What may have killed or hung its relay is tried again with nobody beside it.
         alone=lost >= _ALONE_AFTER_LOST or result.code == "timeout",
         delay=None if delay is None else delay.total_seconds(),
-        error_code=_printable(result.code)[:64],
-        error=_printable(result.problem)[:_LONGEST_ERROR],
+        error_code=_code(result.code),
+        error=_printable(result.problem, _LONGEST_ERROR),
     )
 
 
@@ -245,9 +246,11 @@ def _kept_parameters(kept: list[Kept]) -> dict[str, Any]:
     }
 
 
-def _code(code: str | None) -> str | None:
-    return None if code is None else _printable(code)[:64]
+def _code(code: object) -> str | None:
+    return None if code is None else _printable(code, 64)
 
 
-def _printable(problem: str) -> str:
-    return _UNPRINTABLE.sub(" ", problem)
+def _printable(problem: object, longest: int) -> str:
+    """Return text without what terminals obey or PostgreSQL refuses; what is no text says only its type."""
+    text = problem if isinstance(problem, str) else type(problem).__name__
+    return _UNPRINTABLE.sub(" ", text[: 4 * longest])[:longest]

@@ -11,7 +11,8 @@ set breaker = case when opens then 'open' else secondary.breaker end,
         else secondary.breaker_until end
 from (
     select backend_id,
-           breaker = 'half_open' or breaker = 'closed' and breaker_failures + 1 >= $4 as opens
+           breaker = 'half_open' or breaker = 'closed'
+               and (breaker_failures + 1 >= $4 or cast($1 as interval) > interval '0') as opens
     from "public".outbox_secondary where backend_id = $5 for update
 ) as found
 where secondary.backend_id = found.backend_id

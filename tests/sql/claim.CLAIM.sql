@@ -14,6 +14,8 @@ with busy as materialized (
           and not exists (
               select from "public".outbox_hold as hold
               where hold.backend_id = $1 and hold.key_hash = delivery.key_hash
+              -- Kept a probe per row: as a join, its plan would hang on how many holds there once were.
+              offset 0
           )
         order by delivery.event_id
         limit lane.share
@@ -28,18 +30,20 @@ with busy as materialized (
 ), numbered as materialized (
     select slice, nextval('"public".outbox_attempt_attempt_id_seq') as attempt_id
     from (select distinct slice from sliced) as slice
+), batch as materialized (
+    select numbered.attempt_id, sliced.lane, sliced.event_id, sliced.key_hash
+    from numbered join sliced on sliced.slice = numbered.slice
 ), opened as (
     insert into "public".outbox_attempt (backend_id, attempt_id, relay_id, event_ids, key_hashes, lease_until)
     overriding system value
-    select $1, numbered.attempt_id, cast($8 as uuid), array_agg(sliced.event_id),
-           array_agg(sliced.key_hash), clock_timestamp() + cast($9 as interval)
-    from numbered join sliced on sliced.slice = numbered.slice
-    group by numbered.attempt_id
+    select $1, attempt_id, cast($8 as uuid), array_agg(event_id), array_agg(key_hash),
+           clock_timestamp() + cast($9 as interval)
+    from batch
+    group by attempt_id
 )
-select numbered.attempt_id, sliced.lane,
+select batch.attempt_id, batch.lane,
        event.tenant_id, event.resource_type, event.resource_id, event.operation,
        cast(event.content as text) as content, event.version,
-       event.fhir_version, event.bulk_id, cast(event.headers as text) as headers, event.event_id, event.created_at
-from numbered join sliced on sliced.slice = numbered.slice
-join "public".outbox as event on event.event_id = sliced.event_id
-order by numbered.attempt_id, event.event_id
+       event.fhir_version, event.bulk_id, cast(event.headers as text) as headers, event.event_id,
+       greatest(least(event.created_at, timestamptz '9999-01-01'), timestamptz '0001-01-02') as created_at
+from batch left join "public".outbox as event on event.event_id = batch.event_id

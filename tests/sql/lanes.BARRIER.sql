@@ -1,1 +1,1 @@
-select cast(cast(pg_snapshot_xmax(pg_current_snapshot()) as text) as bigint)
+select cast(cast(pg_current_xact_id() as text) as bigint)

@@ -2,10 +2,11 @@ select attempt.attempt_id,
        hold.attempts, hold.lost,
        statement_timestamp() - hold.first_failed_at as failing_for,
        event.tenant_id, event.resource_type, event.resource_id, event.operation, null as content, event.version,
-       event.fhir_version, event.bulk_id, cast(event.headers as text) as headers, event.event_id, event.created_at
+       event.fhir_version, event.bulk_id, cast(event.headers as text) as headers, event.event_id,
+       greatest(least(event.created_at, timestamptz '9999-01-01'), timestamptz '0001-01-02') as created_at
 from "public".outbox_attempt as attempt
 cross join unnest(attempt.event_ids) as owed (event_id)
-join "public".outbox as event on event.event_id = owed.event_id
+left join "public".outbox as event on event.event_id = owed.event_id
 left join "public".outbox_hold as hold
   on hold.backend_id = attempt.backend_id and hold.tenant_id = event.tenant_id
  and hold.resource_type = event.resource_type and hold.resource_id = event.resource_id

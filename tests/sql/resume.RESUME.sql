@@ -53,6 +53,9 @@ with busy as materialized (
             when touched.taken then '{}'
             else touched.event_ids[cardinality(touched.event_ids) :] end,
         state = case when touched.revived then 'released' else hold.state end,
+        attempts = case when touched.revived then 0 else hold.attempts end,
+        lost = case when touched.revived then 0 else hold.lost end,
+        first_failed_at = case when touched.revived then null else hold.first_failed_at end,
         next_attempt_at = case when not touched.taken then hold.next_attempt_at end
     from touched
     where hold.backend_id = $1 and hold.tenant_id = touched.tenant_id
@@ -89,7 +92,8 @@ select opened.attempt_id, picked.lane, picked.attempts, picked.lost,
        statement_timestamp() - picked.first_failed_at as failing_for,
        event.tenant_id, event.resource_type, event.resource_id, event.operation,
        cast(event.content as text) as content, event.version,
-       event.fhir_version, event.bulk_id, cast(event.headers as text) as headers, event.event_id, event.created_at
+       event.fhir_version, event.bulk_id, cast(event.headers as text) as headers, event.event_id,
+       greatest(least(event.created_at, timestamptz '9999-01-01'), timestamptz '0001-01-02') as created_at
 from opened cross join picked
-join "public".outbox as event on event.event_id = picked.event_id
+left join "public".outbox as event on event.event_id = picked.event_id
 order by event.event_id

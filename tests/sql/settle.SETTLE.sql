@@ -5,12 +5,12 @@ with closed as (
         released = $6, lost = $7, error_code = $8
     where attempt.backend_id = $9 and attempt.attempt_id = $10 and attempt.finished_at is null
       and (attempt.relay_id = cast($11 as uuid)
-           or cast($7 as integer) > 0 and attempt.lease_until < statement_timestamp())
+           or cast($12 as boolean) and attempt.lease_until < statement_timestamp())
     returning attempt.attempt_id
 ), done as materialized (
     select done.*
     from closed cross join unnest(
-        cast($12 as text[]), cast($13 as text[]), cast($14 as text[])
+        cast($13 as text[]), cast($14 as text[]), cast($15 as text[])
     ) as done (tenant_id, resource_type, resource_id)
 ), resolved as (
     delete from "public".outbox_hold as hold
@@ -34,10 +34,10 @@ with closed as (
            case when kept.state <> 'released' then statement_timestamp() end,
            statement_timestamp() + make_interval(secs => kept.delay), kept.error_code, kept.error
     from closed cross join unnest(
-        cast($15 as text[]), cast($16 as text[]), cast($17 as text[]),
-        cast($18 as text[]), cast($19 as timestamptz[]), cast($20 as text[]),
-        cast($21 as integer[]), cast($22 as integer[]), cast($23 as boolean[]),
-        cast($24 as double precision[]), cast($25 as text[]), cast($26 as text[])
+        cast($16 as text[]), cast($17 as text[]), cast($18 as text[]),
+        cast($19 as text[]), cast($20 as timestamptz[]), cast($21 as text[]),
+        cast($22 as integer[]), cast($23 as integer[]), cast($24 as boolean[]),
+        cast($25 as double precision[]), cast($26 as text[]), cast($27 as text[])
     ) as kept (tenant_id, resource_type, resource_id, event_ids, owed_since, state, attempts, lost, alone, delay,
                error_code, error)
     on conflict (backend_id, tenant_id, resource_type, resource_id) do update

@@ -8,6 +8,11 @@ select secondary.status, secondary.ordering, secondary.breaker, secondary.breake
              and attempt.finished_at is null and attempt.lease_until < statement_timestamp()
        ) as lost_attempts,
        exists (
+           select from "public".outbox_attempt as attempt
+           where attempt.backend_id = secondary.backend_id and attempt.attempt_id > secondary.folded_through
+             and attempt.finished_at is null
+       ) as open_attempts,
+       exists (
            select from "public".outbox_hold as hold where hold.backend_id = secondary.backend_id
        ) as holds,
        exists (

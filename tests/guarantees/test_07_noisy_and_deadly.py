@@ -1,0 +1,192 @@
+"""Promise 7: an event that kills its relay ends alone and dead; a noisy tenant has a bounded effect."""
+
+from __future__ import annotations
+
+from datetime import timedelta
+from pathlib import Path
+
+import pytest
+from sqlalchemy.ext.asyncio import AsyncEngine
+
+from outbox import Registration
+from outbox.secondaries.base import Rejected, Retry
+from tests.relay_process import RelayProcess, effects_in, told
+from tests.relaying import change, dsn_of, execute, hold_of, manager_of, pending, rows, running, value, write
+from tests.scripted import Call, CheckedSecondary, Hang, ScriptedSecondary
+from tests.waiting import eventually
+
+NOISY = 20_000
+# As recording does it, for many at once.
+FLOOD = """
+with event as (
+    insert into outbox (tenant_id, resource_type, resource_id, operation, content)
+    select cast(:tenant as text), 'Thing', cast(number as text), 'update', '{}'
+    from generate_series(1, cast(:many as integer)) as number
+    returning event_id, tenant_id, resource_type, resource_id
+)
+insert into outbox_delivery (backend_id, lane, event_id, key_hash)
+select secondary.backend_id, hashtextextended(tenant_id, 0) & 63, event_id,
+       hashtextextended(tenant_id || '/' || resource_type || '/' || resource_id, 0)
+from event cross join outbox_secondary as secondary
+"""
+
+
+async def test_an_event_that_kills_its_process_ends_alone_and_dead(
+    primary: AsyncEngine, database: str, tmp_path: Path
+) -> None:
+    """F5: started again each time, the relay dies until the event has spent its attempts; all others arrive."""
+    secondary = ScriptedSecondary("effects")
+    manager = manager_of(primary, secondary)
+    await manager.register()
+    await write(manager, *(change(str(number)) for number in range(30)), told("deadly", "exit"))
+    starts = 0
+    async with effects_in(database) as effects:
+        while await pending(primary) > await _dead(primary):
+            starts += 1
+            with RelayProcess(dsn_of(primary), effects.dsn, tmp_path / "log", max_attempts=3, lease=1) as relay:
+                await eventually(lambda relay=relay: _died_or_done(primary, relay))
+        assert await _dead(primary) == 1, "it took others with it"
+        assert len(await effects.held()) == 30
+        deaths = await effects.asked("deadly")
+    assert len(deaths) == 3
+    assert starts <= 4
+    hold = await hold_of(primary, "deadly")
+    assert hold is not None
+    assert (hold["attempts"], hold["lost"], hold["error_code"]) == (3, 3, "lost")
+    with_it = "select * from outbox_attempt where event_ids && cast(:owed as bigint[]) order by attempt_id"
+    sizes = [len(row["event_ids"]) for row in await rows(primary, with_it, owed=hold["event_ids"])]
+    assert sizes[0] == 31
+    assert sizes[2:] == [1], "after two losses it is dispatched with nobody beside it"
+
+
+async def _dead(primary: AsyncEngine) -> int:
+    return await value(primary, "select count(*) from outbox_hold where state = 'dead'")
+
+
+async def _died_or_done(primary: AsyncEngine, relay: RelayProcess) -> bool:
+    return relay.code == 70 or await pending(primary) == await _dead(primary)
+
+
+async def test_an_event_that_hangs_its_secondary_is_tried_again_with_nobody_beside_it(primary: AsyncEngine) -> None:
+    """F5: the secondary answers when asked, so the batch is to blame; each of it is tried alone, all but one arrive."""
+    secondary = CheckedSecondary("search")
+    manager = manager_of(primary, secondary, lease=0.4, attempt_deadline=0.15, max_attempts=3)
+    await manager.register()
+    await write(manager, *(change(str(number)) for number in range(5)), change("hanging"))
+    secondary.always("hanging", Hang())
+    async with running(manager.relay()):
+        await eventually(lambda: len(secondary.held) == 5)
+        await eventually(lambda: _is(primary, "hanging", "dead"))
+    assert [len(call.events) for call in secondary.calls_with("hanging")] == [6, 1, 1]
+    hold = await hold_of(primary, "hanging")
+    assert hold is not None
+    assert (hold["attempts"], hold["error_code"]) == (3, "timeout")
+
+
+async def _is(primary: AsyncEngine, resource_id: str, state: str) -> bool:
+    hold = await hold_of(primary, resource_id)
+    return hold is not None and hold["state"] == state
+
+
+async def test_while_a_suspect_is_out_its_relay_has_nothing_else_out(primary: AsyncEngine) -> None:
+    """F5: what may kill the process must find no other attempt in it that would be lost with it."""
+    secondary = ScriptedSecondary("search", pace=lambda: 0.03)
+    manager = manager_of(primary, secondary, batch_size=2, attempts_in_flight=4, retry_initial=600, retry_max=600)
+    await manager.register()
+    suspects = [f"suspect-{number}" for number in range(3)]
+    for name in suspects:
+        secondary.script(name, Retry("busy"))
+    await write(manager, *(change(name) for name in suspects))
+    for _ in range(2):
+        await manager.relay().run_once("search")
+    await execute(primary, "update outbox_hold set alone = true, lost = 2, next_attempt_at = now()")
+    await write(manager, *(change(str(number)) for number in range(60)))
+    async with running(manager.relay()):
+        await eventually(lambda: len(secondary.held) == 63)
+    for name in suspects:
+        alone = secondary.calls_with(name)[-1]
+        assert alone.names == [name]
+        beside = [call.names for call in secondary.calls if _at_once(call, alone)]
+        assert beside == [[name]]
+
+
+def _at_once(one: Call, other: Call) -> bool:
+    assert one.finished is not None
+    assert other.finished is not None
+    return one.started < other.finished and other.started < one.finished
+
+
+@pytest.mark.parametrize("batch_size", [10, 100])
+async def test_a_quiet_tenant_is_served_in_one_of_the_next_claims(primary: AsyncEngine, batch_size: int) -> None:
+    """Promise 7: 20,000 deliveries of another tenant stand before each event of eight quiet tenants."""
+    secondary = ScriptedSecondary("search")
+    manager = manager_of(primary, secondary, batch_size=batch_size)
+    await manager.register()
+    await execute(primary, FLOOD, tenant="noisy", many=NOISY)
+    relay = manager.relay()
+    for _ in range(5):
+        assert await relay.run_once("search") == batch_size
+    waited = {}
+    for number in range(8):
+        await write(manager, change("quiet", tenant=f"quiet-{number}"))
+        for claims in range(1, 80):
+            await relay.run_once("search")
+            if len(secondary.calls_with("quiet")) > number:
+                waited[f"quiet-{number}"] = claims
+                break
+    assert len(waited) == 8
+    assert max(waited.values()) <= 3, waited
+
+
+async def test_a_noisy_tenant_is_served_in_full_batches(primary: AsyncEngine) -> None:
+    """What is kept free for others costs the noisy one nothing while the others are silent."""
+    secondary = ScriptedSecondary("search")
+    manager = manager_of(primary, secondary, batch_size=50)
+    await manager.register()
+    await execute(primary, FLOOD, tenant="noisy", many=1_000)
+    relay = manager.relay()
+    assert [await relay.run_once("search") for _ in range(20)] == [50] * 20
+
+
+@pytest.mark.parametrize("state", ["retrying", "dead"])
+async def test_a_long_tail_behind_a_failing_key_delays_nobody(primary: AsyncEngine, state: str) -> None:
+    """Promise 7, log order: three thousand later events of one dead key of the same tenant stand before another key."""
+    secondary = ScriptedSecondary("archive")
+    manager = manager_of(
+        primary, Registration(secondary, ordering="log"), batch_size=50, retry_initial=600, retry_max=600
+    )
+    await manager.register()
+    secondary.always("failing", Rejected("no") if state == "dead" else Retry("no"))
+    await write(manager, change("failing"))
+    await manager.relay().run_once("archive")
+    assert await _is(primary, "failing", state)
+    await write(manager, *(change("failing", number) for number in range(3_000)), change("behind"))
+    async with running(manager.relay()):
+        await eventually(lambda: secondary.sent_to("behind"), timedelta(seconds=5))
+    assert len(secondary.sent_to("failing")) == 1
+
+
+async def test_a_long_tail_is_handed_over_in_batches(primary: AsyncEngine) -> None:
+    """L8, F10: many keys with long tails come due at once, and a claim still takes no more than a batch."""
+    secondary = ScriptedSecondary("archive")
+    terms = Registration(secondary, ordering="log")
+    manager = manager_of(primary, terms, batch_size=10, retry_initial=600, retry_max=600)
+    await manager.register()
+    keys = [f"key-{number}" for number in range(10)]
+    for key in keys:
+        secondary.always(key, Retry("no"))
+    await write(manager, *(change(key) for key in keys))
+    await manager.relay().drain()
+    await write(manager, *(change(key, number) for number in range(10) for key in keys))
+    async with running(manager.relay()):
+        await eventually(lambda: _owed_by_holds(primary, 110))
+    for key in keys:
+        secondary.heal(key)
+    await execute(primary, "update outbox_hold set next_attempt_at = now()")
+    async with running(manager.relay()):
+        await eventually(lambda: len(secondary.history) == 110)
+    assert await value(primary, "select max(cardinality(event_ids)) from outbox_attempt") <= 10
+
+
+async def _owed_by_holds(primary: AsyncEngine, events: int) -> bool:
+    return await value(primary, "select sum(cardinality(event_ids)) from outbox_hold") == events

@@ -1,0 +1,233 @@
+"""Promise 8: a secondary being down costs no event its attempts; it is the secondary that is unavailable."""
+
+from __future__ import annotations
+
+from datetime import timedelta
+from itertools import pairwise
+from typing import Any
+
+import pytest
+from sqlalchemy.ext.asyncio import AsyncEngine
+
+from outbox import SyncManager
+from outbox.errors import Unavailable
+from tests.relaying import change, execute, hold_of, manager_of, pending, rows, running, value, write
+from tests.scripted import Call, CheckedSecondary, Hang, ScriptedSecondary
+from tests.waiting import eventually
+
+REFUSED = Unavailable("refused", "nobody there")
+
+
+async def one(primary: AsyncEngine, **settings: Any) -> tuple[ScriptedSecondary, SyncManager]:
+    secondary = ScriptedSecondary("search")
+    manager = manager_of(primary, secondary, **settings)
+    await manager.register()
+    return secondary, manager
+
+
+async def breaker(primary: AsyncEngine) -> dict[str, Any]:
+    (row,) = await rows(
+        primary,
+        """
+        select breaker as state, breaker_failures as failures, breaker_ramp as ramp,
+               breaker_until - (select max(finished_at) from outbox_attempt) as wait
+        from outbox_secondary
+        """,
+    )
+    return row
+
+
+async def is_open(primary: AsyncEngine) -> bool:
+    return (await breaker(primary))["state"] != "closed"
+
+
+async def nothing_owed(primary: AsyncEngine) -> bool:
+    return await pending(primary) == 0
+
+
+async def test_an_outage_costs_no_event_any_attempt(primary: AsyncEngine) -> None:
+    """F8, B3: refused two dozen times, every event has all its attempts, and all arrive when the secondary is back."""
+    secondary, manager = await one(primary, max_attempts=3, breaker_max=0.06)
+    secondary.down = REFUSED
+    async with running(manager.relay()):
+        await write(manager, *(change(str(number)) for number in range(40)))
+        await eventually(lambda: len(secondary.calls) >= 24)
+        assert await value(primary, "select max(attempts) from outbox_hold") == 0
+        status = await manager.backend_status("search")
+        assert (status.pending, status.failing, status.dead, status.retried, status.lost) == (40, 0, 0, 0, 0)
+        assert status.last_error_code == "refused"
+        assert status.breaker != "closed"
+        secondary.down = None
+        await eventually(lambda: nothing_owed(primary))
+    assert len(secondary.held) == 40
+    assert await value(primary, "select sum(retried + rejected + lost) from outbox_attempt") == 0
+
+
+async def test_the_breaker_opens_at_its_threshold_and_then_nothing_is_asked(primary: AsyncEngine) -> None:
+    """F8: three batches in a row, whatever their keys are; not one request more until the wait is over."""
+    secondary, manager = await one(primary, breaker_threshold=3, breaker_initial=30, breaker_max=30, batch_size=5)
+    secondary.down = REFUSED
+    await write(manager, *(change(str(number)) for number in range(50)))
+    relay = manager.relay()
+    for failures in (1, 2):
+        await relay.run_once("search")
+        assert (await breaker(primary))["failures"] == failures
+        assert not await is_open(primary)
+    await relay.run_once("search")
+    opened = await breaker(primary)
+    assert opened["state"] == "open"
+    assert timedelta(seconds=15) <= opened["wait"] < timedelta(seconds=32)
+    for _ in range(5):
+        assert await relay.run_once("search") == 0
+    assert len(secondary.calls) == 3
+
+
+async def test_one_success_forgets_the_failures_before_it(primary: AsyncEngine) -> None:
+    """F8: the threshold counts batches in a row."""
+    secondary, manager = await one(primary, breaker_threshold=2, batch_size=1)
+    relay = manager.relay()
+    for number in range(3):
+        await write(manager, change(str(number)))
+        secondary.down = REFUSED
+        await relay.run_once("search")
+        assert (await breaker(primary))["failures"] == 1
+        assert not await is_open(primary)
+        secondary.down = None
+        await eventually(relay.drain)
+        await eventually(lambda: nothing_owed(primary))
+
+
+async def test_waits_between_probes_grow_up_to_their_cap(primary: AsyncEngine) -> None:
+    """F8: doubled with jitter, by the database's clock."""
+    secondary, manager = await one(primary, breaker_threshold=1, breaker_initial=1, breaker_max=6)
+    secondary.down = REFUSED
+    await write(manager, change("1"))
+    relay = manager.relay()
+    for longest in (1, 2, 4, 6, 6):
+        assert await relay.run_once("search") == 1
+        wait = (await breaker(primary))["wait"]
+        assert timedelta(seconds=longest / 2) <= wait < timedelta(seconds=longest + 0.9)
+        await execute(primary, "update outbox_secondary set breaker_until = now()")
+    assert all(len(call.events) == 1 for call in secondary.calls)
+
+
+async def test_one_probe_at_a_time_decides_also_with_two_relays(primary: AsyncEngine) -> None:
+    """F8: the probe is one event, and takes many leases to fail; nobody else asks meanwhile."""
+    secondary, manager = await one(primary, breaker_threshold=1, lease=0.2, attempt_deadline=1.5, batch_size=5)
+    others = [manager_of(primary, secondary, breaker_threshold=1, lease=0.2, attempt_deadline=1.5) for _ in range(2)]
+    secondary.down = REFUSED
+    await write(manager, *(change(str(number)) for number in range(20)))
+    await manager.relay().run_once("search")
+    assert await is_open(primary)
+    already = len(secondary.calls)
+    secondary.hang()
+    async with running(manager.relay(), *(other.relay() for other in others)):
+        await eventually(lambda: len(secondary.calls) >= already + 3)
+    probes = secondary.calls[already:]
+    assert {len(call.events) for call in probes} == {1}
+    assert all(_answered_first(before, after) for before, after in pairwise(probes))
+
+
+def _answered_first(before: Call, after: Call) -> bool:
+    return before.finished is not None and before.finished < after.started
+
+
+async def test_a_probe_whose_relay_vanished_is_followed_by_another(primary: AsyncEngine) -> None:
+    """F8, D1: half-open is no trap."""
+    secondary, manager = await one(primary)
+    await write(manager, change("1"))
+    half_open = "breaker = 'half_open', breaker_opens = 1, breaker_until = now() + interval '300 milliseconds'"
+    await execute(primary, f"update outbox_secondary set {half_open}")
+    async with running(manager.relay()):
+        await eventually(lambda: nothing_owed(primary))
+    assert not await is_open(primary)
+    assert len(secondary.held) == 1
+
+
+@pytest.mark.parametrize("threshold", [1, 3])
+async def test_retry_after_is_honoured(primary: AsyncEngine, threshold: int) -> None:
+    """B4: the secondary asked for a second and a half; it is left alone for as long, whichever event is next."""
+    settings = {"breaker_threshold": threshold, "retry_max": 5, "batch_size": 2, "attempts_in_flight": 1}
+    secondary, manager = await one(primary, **settings)
+    await write(manager, *(change(str(number)) for number in range(6)))
+    secondary.script("0", Unavailable("throttled", "", retry_after=timedelta(seconds=1.5)))
+    async with running(manager.relay()):
+        await eventually(lambda: nothing_owed(primary))
+    index = [call.ending for call in secondary.calls].index("Unavailable")
+    throttled, following = secondary.calls[index : index + 2]
+    assert throttled.ended is not None
+    assert following.began - throttled.ended > 1.4
+
+
+async def test_retry_after_is_clamped(primary: AsyncEngine) -> None:
+    """B4: who asks for a year gets `retry_max`; who asks for less than nothing gets the usual wait."""
+    secondary, manager = await one(primary, breaker_threshold=1, retry_max=20, breaker_initial=1, breaker_max=2)
+    await write(manager, change("1"))
+    relay = manager.relay()
+    for asked, least, most in ((timedelta(days=365), 20, 20), (timedelta(days=-365), 0.5, 2)):
+        secondary.down = Unavailable("throttled", "", retry_after=asked)
+        assert await relay.run_once("search") == 1
+        wait = (await breaker(primary))["wait"]
+        assert timedelta(seconds=least) <= wait < timedelta(seconds=most + 0.9)
+        await execute(primary, "update outbox_secondary set breaker_until = now()")
+
+
+async def test_recovery_ramps_up(primary: AsyncEngine) -> None:
+    """F8: after the probe the batches grow 2, 4, 8, ... and then are full again; one at a time until then."""
+    secondary, manager = await one(primary, breaker_threshold=1, batch_size=20)
+    secondary.down = REFUSED
+    await write(manager, *(change(str(number)) for number in range(100)))
+    await manager.relay().run_once("search")
+    secondary.down = None
+    await execute(primary, "update outbox_secondary set breaker_until = now()")
+    relay = manager.relay()
+    sizes: list[int] = []
+    while sum(sizes) < 100:
+        sizes.append(await eventually(lambda: relay.run_once("search")))
+    assert sizes[:5] == [1, 2, 4, 8, 16]
+    assert max(sizes) == 20
+    assert (await breaker(primary))["ramp"] is None
+
+
+async def test_the_breaker_survives_a_restart(primary: AsyncEngine) -> None:
+    """F8: another relay, another process: what was learnt is in the database."""
+    secondary, manager = await one(primary, breaker_threshold=1, breaker_initial=30, breaker_max=30)
+    secondary.down = REFUSED
+    await write(manager, change("1"))
+    await manager.relay().run_once("search")
+    again = manager_of(primary, secondary, breaker_threshold=1, breaker_initial=30, breaker_max=30)
+    await write(again, change("2"))
+    for _ in range(3):
+        assert await again.relay().run_once("search") == 0
+    assert len(secondary.calls) == 1
+    assert await is_open(primary)
+
+
+async def test_a_timeout_while_the_secondary_answers_blames_the_event(primary: AsyncEngine) -> None:
+    """Design, retry: what hangs though the secondary is there spends an attempt and opens no breaker."""
+    secondary = CheckedSecondary("search")
+    manager = manager_of(primary, secondary, lease=0.4, attempt_deadline=0.15, retry_initial=30, retry_max=30)
+    await manager.register()
+    secondary.always("1", Hang())
+    await write(manager, change("1"))
+    await manager.relay().run_once("search")
+    hold = await hold_of(primary, "1")
+    assert hold is not None
+    assert (hold["state"], hold["attempts"], hold["error_code"], hold["alone"]) == ("retrying", 1, "timeout", True)
+    assert secondary.checks == 1
+    assert (await breaker(primary))["failures"] == 0
+
+
+@pytest.mark.parametrize("asked", [True, False])
+async def test_a_timeout_of_a_secondary_that_does_not_answer_blames_nobody(primary: AsyncEngine, asked: bool) -> None:
+    """F8: the check fails too, or there is none to ask."""
+    secondary = CheckedSecondary("search") if asked else ScriptedSecondary("search")
+    if isinstance(secondary, CheckedSecondary):
+        secondary.unreachable = REFUSED
+    manager = manager_of(primary, secondary, lease=0.4, attempt_deadline=0.15)
+    await manager.register()
+    secondary.hang()
+    await write(manager, change("1"), change("2"))
+    await manager.relay().run_once("search")
+    assert [row["attempts"] for row in await rows(primary, "select attempts from outbox_hold")] == [0, 0]
+    assert (await breaker(primary))["failures"] == 1

@@ -1,0 +1,1 @@
+select cast(pg_current_xact_id() as text)

@@ -1,0 +1,129 @@
+"""Attempts and the delays between them: counted where they are claimed, kept in the database, decided by tenacity."""
+
+from __future__ import annotations
+
+from datetime import timedelta
+from typing import Any
+
+import pytest
+from sqlalchemy.ext.asyncio import AsyncEngine
+from tenacity import stop_after_attempt, stop_after_delay, wait_incrementing
+
+from outbox import RetryPolicy, SyncManager
+from outbox.secondaries.base import Outcome, Rejected, Retry
+from tests.relaying import change, claim_by_hand, execute, hold_of, manager_of, rows, running, write
+from tests.scripted import Hang, ScriptedSecondary
+from tests.waiting import eventually
+
+
+async def one(primary: AsyncEngine, **settings: Any) -> tuple[ScriptedSecondary, SyncManager]:
+    secondary = ScriptedSecondary("search")
+    manager = manager_of(primary, secondary, **settings)
+    await manager.register()
+    return secondary, manager
+
+
+async def test_attempts_are_the_claims_that_may_have_been_dispatched(primary: AsyncEngine) -> None:
+    """B2: failures, losses and timeouts count one each, hand-backs none."""
+    secondary, manager = await one(primary, retry_initial=0.001, retry_max=0.001)
+    await write(manager, change("1"))
+    secondary.script("1", Retry("one"), Retry("two"), RuntimeError(), Hang())
+    for _ in range(3):
+        await eventually(lambda: manager.relay().run_once("search"))
+    # The fourth claim is lost, the fifth handed back.
+    assert await eventually(lambda: claim_by_hand(primary, "search"))
+    async with running(manager.relay()):
+        await eventually(lambda: secondary.running)
+    hold = await hold_of(primary, "1")
+    assert hold is not None
+    assert (hold["attempts"], hold["lost"]) == (4, 1)
+    counts = await rows(primary, "select sum(retried + lost) as spent, sum(released) as released from outbox_attempt")
+    assert counts == [{"spent": 4, "released": 1}]
+
+
+async def test_delays_come_from_stored_attempts_through_restarts(primary: AsyncEngine) -> None:
+    """B1: each failure is seen by a new relay, with a tenacity policy of one's own, until it says stop."""
+    policy = RetryPolicy(wait_incrementing(100, 50), stop_after_attempt(4), timedelta(seconds=180))
+    secondary = ScriptedSecondary("search")
+    waits = []
+    for _ in range(4):
+        manager = manager_of(primary, secondary, retry=policy)
+        await manager.register()
+        if not waits:
+            secondary.always("1", Retry("busy"))
+            await write(manager, change("1"))
+        assert await manager.relay().drain() == 1
+        hold = await hold_of(primary, "1")
+        assert hold is not None
+        waits.append(
+            hold["next_attempt_at"] and round((hold["next_attempt_at"] - hold["last_failed_at"]).total_seconds())
+        )
+        await execute(primary, "update outbox_hold set next_attempt_at = now() where state = 'retrying'")
+    assert waits == [100, 150, 180, None], "the third is capped, the fourth failure is the last"
+
+
+async def test_a_policy_may_stop_by_the_time_since_the_first_failure(primary: AsyncEngine) -> None:
+    """Design, retry: the age of the failure is the database's."""
+    policy = RetryPolicy(wait_incrementing(1, 1), stop_after_delay(3600), timedelta(seconds=180))
+    secondary = ScriptedSecondary("search")
+    manager = manager_of(primary, secondary, retry=policy)
+    await manager.register()
+    secondary.always("1", Retry("busy"))
+    await write(manager, change("1"))
+    for age, state in ((0, "retrying"), (59, "retrying"), (61, "dead")):
+        earlier = f"next_attempt_at = now(), first_failed_at = now() - interval '{age} minutes'"
+        await execute(primary, f"update outbox_hold set {earlier}")
+        assert await manager.relay().drain() == 1
+        hold = await hold_of(primary, "1")
+        assert hold is not None
+        assert hold["state"] == state
+
+
+@pytest.mark.parametrize("first", [Rejected("poison"), Retry("poison")], ids=["dead", "retrying"])
+async def test_a_newer_event_is_not_as_old_a_failure_as_the_one_it_supersedes(
+    primary: AsyncEngine, first: Outcome
+) -> None:
+    """A policy that stops by time gives version 4 its own hour, whatever 3 had used up."""
+    policy = RetryPolicy(wait_incrementing(1, 1), stop_after_delay(3600), timedelta(seconds=180))
+    secondary, manager = await one(primary, retry=policy)
+    secondary.script("1", first, Retry("busy"))
+    await write(manager, change("1", 3))
+    assert await manager.relay().drain() == 1
+    earlier = "first_failed_at = now() - interval '2 hours'"
+    await execute(primary, f"update outbox_hold set {earlier}, next_attempt_at = now() where state = 'retrying'")
+    await execute(primary, f"update outbox_hold set {earlier}")
+    await write(manager, change("1", 4))
+    assert await manager.relay().drain() == 2
+    hold = await hold_of(primary, "1")
+    assert hold is not None
+    assert (hold["error_code"], hold["state"], hold["attempts"]) == ("busy", "retrying", 1)
+
+
+async def test_a_restart_makes_nothing_due_early(primary: AsyncEngine) -> None:
+    """B1: the relay that saw the failure is gone; others find the same time."""
+    secondary, manager = await one(primary, retry_initial=600, retry_max=600)
+    secondary.always("1", Retry("busy", after=timedelta(seconds=600)))
+    await write(manager, change("1"))
+    async with running(manager.relay()):
+        await eventually(lambda: hold_of(primary, "1"))
+    before = await hold_of(primary, "1")
+    for _ in range(3):
+        assert await manager.relay().drain() == 0
+    assert await hold_of(primary, "1") == before
+    assert len(secondary.sent) == 1
+
+
+async def test_a_retry_after_of_one_event_lengthens_its_wait_up_to_the_cap(primary: AsyncEngine) -> None:
+    """B4: asked of one event; clamped to `retry_max`."""
+    secondary, manager = await one(primary, retry_initial=0.01, retry_max=100)
+    asked = {"none": None, "some": timedelta(seconds=50), "much": timedelta(days=9), "negative": timedelta(days=-9)}
+    for name, after in asked.items():
+        secondary.always(name, Retry("busy", after=after))
+    await write(manager, *(change(name) for name in asked))
+    await manager.relay().run_once("search")
+    held = await rows(primary, "select resource_id, next_attempt_at - last_failed_at as wait from outbox_hold")
+    waits = {row["resource_id"]: row["wait"].total_seconds() for row in held}
+    assert waits["some"] == pytest.approx(50)
+    assert waits["much"] == pytest.approx(100)
+    assert 0 <= waits["none"] < 1
+    assert 0 <= waits["negative"] < 1
