@@ -21,12 +21,16 @@ options: dict[str, Any] = {
 }
 
 
+lock_key = {"schema": schema}
+
+
 def migrate(connection: Connection) -> None:
-    # A migration that cannot get its lock must give up, not stop every writer that comes after it.
-    connection.execute(text("set lock_timeout = '5s'"))
-    connection.commit()
     context.configure(connection=connection, **options)
     with context.begin_transaction():
+        # Whoever migrates the same schema at the same time waits here, and then finds nothing left to do.
+        connection.execute(text("select pg_advisory_xact_lock(hashtextextended('outbox/' || :schema, 0))"), lock_key)
+        # A migration that cannot get its lock must give up, not stop every writer that comes after it.
+        connection.execute(text("set local lock_timeout = '5s'"))
         context.run_migrations()
 
 

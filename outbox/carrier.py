@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import logging
 import time
 from datetime import timedelta
@@ -90,10 +91,8 @@ class Carrier:
                 attempts = await self._claim(self._room()) if self._room() else []
             except PRIMARY_FAILED as error:
                 _log.warning("%s: claim failed (%s)", self.backend_id, code_of(error))
-                # A claim that can never work must not be tried in a spin.
-                failures = min(failures + 1, 7)
-                await asyncio.sleep(_SHORTEST_SLEEP * 4**failures / 4)
-                await self._primary.wait()
+                failures += 1
+                await self._pause(failures)
                 continue
             failures = 0
             for attempt in attempts or ():
@@ -153,15 +152,21 @@ class Carrier:
                 return None
             if turn.status in ("paused", "removed"):
                 return []
-            if not turn.lost_attempts:
+            lost = await self._lost(connection, turn) if turn.lost_attempts else []
+            if not lost:
                 return await self._claim_in_turn(connection, turn, slots)
-            lost = await expired(connection, schema, backend_id, turn.folded_through, log_order=turn.log_order)
         # Settled outside the turn, each by its own fence: whoever else found them loses.
         for attempt in lost:
             _log.warning("%s: taking over attempt %d, whose lease ran out", backend_id, attempt.attempt_id)
-            await self._settle(attempt, Dispatched(_lost(attempt)), expired=True)
+            await self._settle(attempt, Dispatched(_all(attempt, Lost())), expired=True)
         self.ring()
         return None
+
+    async def _lost(self, connection: asyncpg.Connection[Any], turn: Turn) -> list[Attempt]:
+        """Return what others left behind; what this relay has in hand it still knows the end of."""
+        schema, backend_id = self._config.database_schema, self.backend_id
+        found = await expired(connection, schema, backend_id, turn.folded_through, log_order=turn.log_order)
+        return [attempt for attempt in found if attempt.attempt_id not in self.in_flight]
 
     async def _claim_in_turn(self, connection: asyncpg.Connection[Any], turn: Turn, slots: int) -> list[Attempt]:
         room = allowance(turn, self._config.batch_size)
@@ -211,10 +216,11 @@ class Carrier:
                 await asyncio.wait({dispatching})
                 await self._settle(attempt, _handed_back(attempt))
             raise
+        else:
+            await self._settle(attempt, _handed_back(attempt) if dispatching.cancelled() else dispatching.result())
         finally:
+            # Until it is settled its lease is kept: a primary that was away must not make what is known to be done lost.
             self.in_flight.pop(attempt.attempt_id, None)
-        dispatched = _handed_back(attempt) if dispatching.cancelled() else dispatching.result()
-        await self._settle(attempt, dispatched)
         return len(attempt.events)
 
     def _carried(self, carrying: asyncio.Task[int]) -> None:
@@ -227,7 +233,7 @@ class Carrier:
     async def _settle(self, attempt: Attempt, dispatched: Dispatched, *, expired: bool = False) -> None:
         """Record the outcome, however often the primary goes away; the fence tells whether it was still ours."""
         unavailable = dispatched.unavailable
-        while True:
+        for failures in itertools.count(1):
             try:
                 async with self._primary.connection() as connection:
                     ours = await settle(
@@ -245,9 +251,14 @@ class Carrier:
                 break
             except PRIMARY_FAILED as error:
                 _log.warning("%s: settle failed (%s)", self.backend_id, code_of(error))
-                await self._primary.wait()
+                await self._pause(failures)
         if not ours:
             _log.warning("%s: attempt %d was no longer ours; dropped", self.backend_id, attempt.attempt_id)
+
+    async def _pause(self, failures: int) -> None:
+        """Wait for the primary, and longer from failure to failure: what can never work must not be tried in a spin."""
+        await asyncio.sleep(_SHORTEST_SLEEP * 4 ** min(failures, 7) / 4)
+        await self._primary.wait()
 
     async def _mind_breaker(self, connection: asyncpg.Connection[Any], dispatched: Dispatched) -> None:
         schema, unavailable = self._config.database_schema, dispatched.unavailable
@@ -282,11 +293,12 @@ def code_of(error: BaseException) -> str:
 
 
 def _handed_back(attempt: Attempt) -> Dispatched:
-    return Dispatched([Released()] * len(attempt.events))
+    return Dispatched(_all(attempt, Released()))
 
 
-def _lost(attempt: Attempt) -> list[Result]:
+def _all(attempt: Attempt, result: Result) -> list[Result]:
+    """Give every event one result; in state order older events of a key are superseded whatever happens."""
     if attempt.log_order:
-        return [Lost()] * len(attempt.events)
+        return [result] * len(attempt.events)
     newest = {event.key: index for index, event in enumerate(attempt.events)}
-    return [Lost() if newest[event.key] == index else Superseded() for index, event in enumerate(attempt.events)]
+    return [result if newest[event.key] == index else Superseded() for index, event in enumerate(attempt.events)]

@@ -19,8 +19,7 @@ __all__ = ["EXPIRED", "HEARTBEAT", "expired", "heartbeat"]
 HEARTBEAT = Statement("""
 update {schema}.outbox_attempt as attempt
 set lease_until = clock_timestamp() + cast(:lease as interval)
-from unnest(cast(:backend_ids as text[]), cast(:attempt_ids as bigint[])) as mine (backend_id, attempt_id)
-where attempt.backend_id = mine.backend_id and attempt.attempt_id = mine.attempt_id
+where attempt.backend_id = :backend_id and attempt.attempt_id = any (cast(:attempt_ids as bigint[]))
   and attempt.relay_id = cast(:relay_id as uuid) and attempt.finished_at is null
 returning attempt.attempt_id
 """)
@@ -35,10 +34,18 @@ select attempt.attempt_id,
        greatest(least(event.created_at, timestamptz '9999-01-01'), timestamptz '0001-01-02') as created_at
 from {schema}.outbox_attempt as attempt
 cross join unnest(attempt.event_ids) as owed (event_id)
-left join {schema}.outbox as event on event.event_id = owed.event_id
-left join {schema}.outbox_hold as hold
-  on hold.backend_id = attempt.backend_id and hold.tenant_id = event.tenant_id
- and hold.resource_type = event.resource_type and hold.resource_id = event.resource_id
+left join lateral (
+    select * from {schema}.outbox as event where event.event_id = owed.event_id offset 0
+) as event on true
+left join lateral (
+    select hold.attempts, hold.lost, hold.first_failed_at
+    from {schema}.outbox_hold as hold
+    where hold.backend_id = :backend_id
+      and hold.key_hash = hashtextextended(event.tenant_id || '/' || event.resource_type || '/' || event.resource_id, 0)
+      and hold.tenant_id = event.tenant_id
+      and hold.resource_type = event.resource_type and hold.resource_id = event.resource_id
+    offset 0
+) as hold on true
 where attempt.backend_id = :backend_id and attempt.attempt_id > :folded_through
   and attempt.finished_at is null and attempt.lease_until < statement_timestamp()
 order by attempt.attempt_id, event.event_id
@@ -46,15 +53,15 @@ order by attempt.attempt_id, event.event_id
 
 
 async def heartbeat(
-    connection: asyncpg.Connection[Any], schema: str, relay_id: UUID, attempts: Sequence[Attempt], lease: timedelta
+    connection: asyncpg.Connection[Any],
+    schema: str,
+    relay_id: UUID,
+    backend_id: str,
+    attempt_ids: Sequence[int],
+    lease: timedelta,
 ) -> set[int]:
-    """Renew the leases of `attempts`; return the ids of those that are still this relay's."""
-    parameters = {
-        "lease": lease,
-        "backend_ids": [attempt.backend_id for attempt in attempts],
-        "attempt_ids": [attempt.attempt_id for attempt in attempts],
-        "relay_id": relay_id,
-    }
+    """Renew the leases of attempts at one secondary; return the ids of those that are still this relay's."""
+    parameters = {"lease": lease, "backend_id": backend_id, "attempt_ids": attempt_ids, "relay_id": relay_id}
     rows = await connection.fetch(*HEARTBEAT.arguments(schema, parameters))
     return {row[0] for row in rows}
 

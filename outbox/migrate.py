@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
+import asyncio
 import io
 from importlib.resources import files
 from pathlib import Path
+from weakref import WeakKeyDictionary
 
 from alembic import command
 from alembic.config import Config
 from alembic.runtime.migration import MigrationContext
 from alembic.script import ScriptDirectory
-from sqlalchemy import Connection
+from sqlalchemy import Connection, inspect
 from sqlalchemy.ext.asyncio import AsyncEngine
 
 from outbox.errors import SchemaMissing
-from outbox.schema import check_identifier
+from outbox.schema import check_identifier, metadata
 
 __all__ = ["check_schema", "migrate", "migration_sql", "migrations_directory"]
+
+# Alembic keeps what it works on in globals, so that in one loop only one migration may be under way.
+_ONE_AT_A_TIME: WeakKeyDictionary[asyncio.AbstractEventLoop, asyncio.Lock] = WeakKeyDictionary()
 
 _NEXT = "run `outbox migrate` (or `outbox migrate --sql` and apply what it prints)"
 
@@ -32,8 +37,9 @@ def migrations_directory() -> Path:
 
 
 async def migrate(engine: AsyncEngine, schema: str = "public", revision: str = "head") -> None:
-    """Upgrade the outbox tables of a database to `revision`. Concurrent calls wait for each other."""
-    async with engine.connect() as connection:
+    """Upgrade the outbox tables of a database to `revision`. Concurrent calls wait for each other, in any process."""
+    lock = _ONE_AT_A_TIME.setdefault(asyncio.get_running_loop(), asyncio.Lock())
+    async with lock, engine.connect() as connection:
         await connection.run_sync(_upgrade, schema, revision)
 
 
@@ -47,14 +53,32 @@ def migration_sql(schema: str = "public", revision: str = "head") -> str:
 
 
 async def check_schema(engine: AsyncEngine, schema: str = "public") -> None:
-    """Raise `SchemaMissing` unless the tables are there and know every migration of this code."""
+    """Raise `SchemaMissing` unless the tables have what this code needs, whoever migrated them.
+
+    Our own version table, where there is one, must also name a version that this code knows.
+    """
     check_identifier(schema)
     async with engine.connect() as connection:
-        found = await connection.run_sync(_applied, schema)
-    if not found:
+        missing = await connection.run_sync(_missing, schema)
+        applied = await connection.run_sync(_applied, schema)
+    if "outbox" in missing:
         raise SchemaMissing(f"schema {schema!r} has no outbox tables: {_NEXT}")
-    if not found & _known_heads(schema):
+    if missing or (applied and not applied & _known_heads(schema)):
         raise SchemaMissing(f"the outbox tables in schema {schema!r} are of another version than this code: {_NEXT}")
+
+
+def _missing(connection: Connection, schema: str) -> list[str]:
+    """Return the tables and columns that are not there; in an application's own tree no version table tells."""
+    found = inspect(connection)
+    there = set(found.get_table_names(schema))
+    missing: list[str] = []
+    for table in metadata(schema).sorted_tables:
+        if table.name not in there:
+            missing.append(table.name)
+        else:
+            columns = {column["name"] for column in found.get_columns(table.name, schema)}
+            missing += [f"{table.name}.{column.name}" for column in table.columns if column.name not in columns]
+    return missing
 
 
 def _applied(connection: Connection, schema: str) -> set[str]:

@@ -46,52 +46,76 @@ from reach cross join total
 where secondary.backend_id = :backend_id and reach.attempt_id > :folded_through and total.applied is not null
 """)
 
-# A hold that owes nothing while no attempt has its key would hold it for ever; only a hand can have made one.
+# A hold in hand that no open attempt has would stay so for ever; only a hand can have made one. What it owes is due.
 MEND = Statement("""
-delete from {schema}.outbox_hold as hold
-where hold.backend_id = :backend_id and hold.event_ids = '{}' and hold.key_hash not in (
-    select unnest(attempt.key_hashes)
+with busy as materialized (
+    select unnest(attempt.key_hashes) as key_hash
     from {schema}.outbox_attempt as attempt
     where attempt.backend_id = :backend_id and attempt.attempt_id > :folded_through and attempt.finished_at is null
+), stray as materialized (
+    select hold.ctid as row_id, hold.event_ids = '{}' as owes_nothing
+    from {schema}.outbox_hold as hold
+    where hold.backend_id = :backend_id and hold.next_attempt_at is null and hold.state <> 'dead'
+      and hold.key_hash not in (select key_hash from busy)
+), gone as (
+    delete from {schema}.outbox_hold where ctid = any (array(select row_id from stray where owes_nothing))
 )
+update {schema}.outbox_hold set next_attempt_at = statement_timestamp()
+where ctid = any (array(select row_id from stray where not owes_nothing))
 """)
 
 # One snapshot decides: a delivery is either waiting, in hand or held, and moves between them in one transaction.
 PRUNE_EVENTS = Statement("""
 with page as materialized (
-    select event.event_id, cast(hashtextextended(event.tenant_id, 0) & 63 as smallint) as lane
+    select event.event_id, cast(hashtextextended(event.tenant_id, 0) & 63 as smallint) as lane,
+           hashtextextended(event.tenant_id || '/' || event.resource_type || '/' || event.resource_id, 0) as key_hash
     from {schema}.outbox as event
     where event.event_id > :after and event.created_at < statement_timestamp() - cast(:keep as interval)
     order by event.event_id
     limit :page_size
+), secondary as materialized (
+    select backend_id, folded_through from {schema}.outbox_secondary
 ), owed as materialized (
     select page.event_id
-    from page
-    cross join {schema}.outbox_secondary as secondary
-    join {schema}.outbox_delivery as delivery on delivery.backend_id = secondary.backend_id
-     and delivery.lane = page.lane and delivery.event_id = page.event_id
+    from page cross join secondary
+    cross join lateral (
+        select from {schema}.outbox_delivery as delivery
+        where delivery.backend_id = secondary.backend_id and delivery.lane = page.lane
+          and delivery.event_id = page.event_id
+        offset 0
+    ) as delivery
     union all
-    select unnest(attempt.event_ids)
-    from {schema}.outbox_secondary as secondary
-    join {schema}.outbox_attempt as attempt
-      on attempt.backend_id = secondary.backend_id and attempt.attempt_id > secondary.folded_through
-    where attempt.finished_at is null
+    select attempt.event_id
+    from secondary
+    cross join lateral (
+        select unnest(attempt.event_ids) as event_id
+        from {schema}.outbox_attempt as attempt
+        where attempt.backend_id = secondary.backend_id and attempt.attempt_id > secondary.folded_through
+          and attempt.finished_at is null
+    ) as attempt
     union all
-    select unnest(hold.event_ids) from {schema}.outbox_hold as hold
+    select page.event_id
+    from page cross join secondary
+    cross join lateral (
+        select from {schema}.outbox_hold as hold
+        where hold.backend_id = secondary.backend_id and hold.key_hash = page.key_hash
+          and page.event_id = any (hold.event_ids)
+        offset 0
+    ) as hold
 ), gone as (
-    delete from {schema}.outbox as event
-    using page
-    where event.event_id = page.event_id and page.event_id not in (select event_id from owed)
+    delete from {schema}.outbox where event_id = any (
+        array(select event_id from page where event_id not in (select event_id from owed))
+    )
 )
 select max(event_id) from page
 """)
 
 PRUNE_ATTEMPTS = Statement("""
 with page as materialized (
-    select attempt.backend_id, attempt.attempt_id
+    select attempt.row_id
     from {schema}.outbox_secondary as secondary
     cross join lateral (
-        select attempt.backend_id, attempt.attempt_id
+        select attempt.ctid as row_id
         from {schema}.outbox_attempt as attempt
         where attempt.backend_id = secondary.backend_id and attempt.attempt_id <= secondary.folded_through
           and attempt.finished_at < statement_timestamp() - cast(:keep as interval)
@@ -99,9 +123,7 @@ with page as materialized (
         limit :page_size
     ) as attempt
 )
-delete from {schema}.outbox_attempt as attempt
-using page
-where attempt.backend_id = page.backend_id and attempt.attempt_id = page.attempt_id
+delete from {schema}.outbox_attempt where ctid = any (array(select row_id from page))
 """)
 
 _PAGE = 1_000

@@ -205,18 +205,12 @@ class Relay:
             await self._primary.wait()
 
     async def _keep_leases(self, connection: asyncpg.Connection[Any]) -> None:
-        mine = {
-            attempt_id: (carrier, hand.attempt)
-            for carrier in self._carriers.values()
-            for attempt_id, hand in carrier.in_flight.items()
-        }
-        if not mine:
-            await connection.fetchval("select 1")
-            return
-        attempts = [attempt for _, attempt in mine.values()]
-        kept = await heartbeat(connection, self._config.database_schema, self.relay_id, attempts, self._config.lease)
-        for attempt_id in mine.keys() - kept:
-            mine[attempt_id][0].give_up({attempt_id})
+        await connection.fetchval("select 1")
+        schema, lease = self._config.database_schema, self._config.lease
+        for backend_id, carrier in self._carriers.items():
+            if mine := set(carrier.in_flight):
+                kept = await heartbeat(connection, schema, self.relay_id, backend_id, sorted(mine), lease)
+                carrier.give_up(mine - kept)
 
     async def _tidy(self) -> None:
         schema = self._config.database_schema

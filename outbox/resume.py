@@ -24,9 +24,12 @@ __all__ = ["RESUME", "resume"]
 # due       holds whose time has come; a suspect comes alone or not at all
 # fresh     deliveries from each lane in turn, from its floor, in position order
 # absorbed  what of fresh belongs to a key that is held back
-# touched   holds taken now or absorbing something; a newer event revives a dead key, except in log order
-# kept      ... written back: a hold in hand owes only what did not fit, in state order a waiting one only its newest
-# picked    the batch: the taken holds' events, and fresh deliveries of keys that are not held
+# touched   holds that are due or absorb something; in state order the newer event has all its attempts before it, and
+#           revives a dead key
+# share     log order: how many events of each taken hold fit into the batch
+# divided   what goes out now and what stays; in state order only the newest event of a key does either
+# kept      written back by key and not by place, so that a hand that changes a hold meanwhile cannot lose an event
+# picked    the batch: what goes out of holds, and fresh deliveries of keys that are not held
 # opened    the whole batch as one row; it is closed at once if the claim only let holds absorb
 RESUME = Statement("""
 with busy as materialized (
@@ -34,10 +37,10 @@ with busy as materialized (
     from {schema}.outbox_attempt as attempt
     where attempt.backend_id = :backend_id and attempt.attempt_id > :folded_through and attempt.finished_at is null
 ), due as materialized (
-    select hold.tenant_id, hold.resource_type, hold.resource_id, true as is_due
+    select hold.key_hash, hold.tenant_id, hold.resource_type, hold.resource_id
     from {schema}.outbox_hold as hold
-    where hold.backend_id = :backend_id and hold.next_attempt_at <= statement_timestamp()
-      and hold.alone = cast(:alone as boolean) and hold.key_hash not in (select key_hash from busy)
+    where hold.backend_id = :backend_id and hold.alone = cast(:alone as boolean)
+      and hold.next_attempt_at <= statement_timestamp() and hold.key_hash not in (select key_hash from busy)
     order by hold.next_attempt_at
     limit cast(:batch_size as integer)
     for update skip locked
@@ -56,58 +59,88 @@ with busy as materialized (
     ) as delivery
     limit (select greatest(cast(:batch_size as integer) - count(*), 0) from due)
 ), absorbed as materialized (
-    select event.tenant_id, event.resource_type, event.resource_id,
-           array_agg(event.event_id order by event.event_id) as event_ids
+    select fresh.key_hash, hold.tenant_id, hold.resource_type, hold.resource_id,
+           array_agg(fresh.event_id order by fresh.event_id) as event_ids
     from fresh
-    join {schema}.outbox_hold as hold on hold.backend_id = :backend_id and hold.key_hash = fresh.key_hash
-    join {schema}.outbox as event on event.event_id = fresh.event_id and event.tenant_id = hold.tenant_id
-     and event.resource_type = hold.resource_type and event.resource_id = hold.resource_id
-    group by event.tenant_id, event.resource_type, event.resource_id
+    cross join lateral (
+        select hold.tenant_id, hold.resource_type, hold.resource_id
+        from {schema}.outbox_hold as hold
+        where hold.backend_id = :backend_id and hold.key_hash = fresh.key_hash
+        offset 0
+    ) as hold
+    cross join lateral (
+        select from {schema}.outbox as event
+        where event.event_id = fresh.event_id and event.tenant_id = hold.tenant_id
+          and event.resource_type = hold.resource_type and event.resource_id = hold.resource_id
+        offset 0
+    ) as event
+    group by fresh.key_hash, hold.tenant_id, hold.resource_type, hold.resource_id
 ), touched as materialized (
-    select hold.tenant_id, hold.resource_type, hold.resource_id, hold.key_hash, hold.attempts, hold.lost,
-           hold.first_failed_at,
-           hold.event_ids || coalesce(found.event_ids, '{}') as event_ids,
-           hold.state = 'dead' and not cast(:log_order as boolean) as revived,
-           found.is_due is not null or (hold.state = 'dead' and not cast(:log_order as boolean)) as taken
+    select hold.tenant_id, hold.resource_type, hold.resource_id, hold.key_hash, hold.next_attempt_at, hold.owed_since,
+           hold.event_ids || coalesce(found.event_ids, '{}') as owed,
+           found.is_due or (hold.state = 'dead' and renewed.is_new and not hold.alone) as taken,
+           hold.state = 'dead' and renewed.is_new as revived,
+           case when hold.state = 'dead' and renewed.is_new then 'released' else hold.state end as state,
+           case when renewed.is_new then 0 else hold.attempts end as attempts,
+           case when renewed.is_new then 0 else hold.lost end as lost,
+           case when not renewed.is_new then hold.first_failed_at end as first_failed_at
     from (
-        select tenant_id, resource_type, resource_id, due.is_due, absorbed.event_ids
-        from due full join absorbed using (tenant_id, resource_type, resource_id)
+        select coalesce(due.key_hash, absorbed.key_hash) as key_hash,
+               coalesce(due.tenant_id, absorbed.tenant_id) as tenant_id,
+               coalesce(due.resource_type, absorbed.resource_type) as resource_type,
+               coalesce(due.resource_id, absorbed.resource_id) as resource_id,
+               due.tenant_id is not null as is_due, absorbed.event_ids
+        from due
+        full join absorbed on absorbed.key_hash = due.key_hash and absorbed.tenant_id = due.tenant_id
+         and absorbed.resource_type = due.resource_type and absorbed.resource_id = due.resource_id
     ) as found
-    join {schema}.outbox_hold as hold on hold.backend_id = :backend_id and hold.tenant_id = found.tenant_id
-     and hold.resource_type = found.resource_type and hold.resource_id = found.resource_id
-), kept as (
-    update {schema}.outbox_hold as hold
-    set event_ids = case
-            when cast(:log_order as boolean) and touched.taken
-                then touched.event_ids[cast(:batch_size as integer) + 1 :]
-            when cast(:log_order as boolean) then touched.event_ids
-            when touched.taken then '{}'
-            else touched.event_ids[cardinality(touched.event_ids) :] end,
-        state = case when touched.revived then 'released' else hold.state end,
-        attempts = case when touched.revived then 0 else hold.attempts end,
-        lost = case when touched.revived then 0 else hold.lost end,
-        first_failed_at = case when touched.revived then null else hold.first_failed_at end,
-        next_attempt_at = case when not touched.taken then hold.next_attempt_at end
-    from touched
-    where hold.backend_id = :backend_id and hold.tenant_id = touched.tenant_id
-      and hold.resource_type = touched.resource_type and hold.resource_id = touched.resource_id
-), superseded as materialized (
-    select coalesce(sum(cardinality(event_ids) - 1), 0) as deliveries
-    from touched where not taken and not cast(:log_order as boolean)
-), picked as materialized (
-    select unnest(
-               case when cast(:log_order as boolean) then event_ids[: cast(:batch_size as integer)] else event_ids end
-           ) as event_id,
-           key_hash, null as lane,
-           case when revived then 0 else attempts end as attempts,
-           case when revived then 0 else lost end as lost,
-           case when revived then null else first_failed_at end as first_failed_at
+    cross join lateral (
+        select hold.*
+        from {schema}.outbox_hold as hold
+        where hold.backend_id = :backend_id and hold.key_hash = found.key_hash and hold.tenant_id = found.tenant_id
+          and hold.resource_type = found.resource_type and hold.resource_id = found.resource_id
+        offset 0
+    ) as hold
+    cross join lateral (
+        select found.event_ids is not null and not cast(:log_order as boolean) as is_new
+    ) as renewed
+), share as materialized (
+    select cast(greatest(1, (cast(:batch_size as integer) - (
+               select count(*) from fresh where event_id not in (select unnest(event_ids) from absorbed)
+           )) / greatest(1, count(*))) as integer) as events
     from touched where taken
+), divided as materialized (
+    select touched.*,
+           case when not taken then '{}'
+                when cast(:log_order as boolean) then owed[: share.events]
+                else owed[cardinality(owed) :] end as going,
+           case when cast(:log_order as boolean) then owed[case when taken then share.events else 0 end + 1 :]
+                when taken then '{}'
+                else owed[cardinality(owed) :] end as staying
+    from touched cross join share
+), kept as (
+    insert into {schema}.outbox_hold as hold
+        (backend_id, tenant_id, resource_type, resource_id, key_hash, event_ids, owed_since, state, attempts, lost,
+         first_failed_at, next_attempt_at)
+    select :backend_id, tenant_id, resource_type, resource_id, key_hash, staying,
+           coalesce((select created_at from {schema}.outbox where event_id = staying[1]), owed_since),
+           state, attempts, lost, first_failed_at,
+           case when revived and not taken then statement_timestamp() when not taken then next_attempt_at end
+    from divided
+    on conflict (backend_id, key_hash, tenant_id, resource_type, resource_id) do update
+    set event_ids = excluded.event_ids, owed_since = excluded.owed_since, state = excluded.state,
+        attempts = excluded.attempts, lost = excluded.lost, first_failed_at = excluded.first_failed_at,
+        next_attempt_at = excluded.next_attempt_at
+), superseded as materialized (
+    select coalesce(sum(cardinality(owed) - 1), 0) as deliveries from touched where not cast(:log_order as boolean)
+), picked as materialized (
+    select unnest(going) as event_id, key_hash, null as lane, attempts, lost, first_failed_at
+    from divided
     union all
     select event_id, key_hash, lane, null, null, null
     from fresh where event_id not in (select unnest(event_ids) from absorbed)
 ), gone as (
-    delete from {schema}.outbox_delivery as delivery using fresh where delivery.ctid = fresh.row_id
+    delete from {schema}.outbox_delivery where ctid = any (array(select row_id from fresh))
 ), opened as (
     insert into {schema}.outbox_attempt
         (backend_id, relay_id, event_ids, key_hashes, lease_until, finished_at, superseded)
@@ -126,7 +159,9 @@ select opened.attempt_id, picked.lane, picked.attempts, picked.lost,
        event.fhir_version, event.bulk_id, cast(event.headers as text) as headers, event.event_id,
        greatest(least(event.created_at, timestamptz '9999-01-01'), timestamptz '0001-01-02') as created_at
 from opened cross join picked
-left join {schema}.outbox as event on event.event_id = picked.event_id
+left join lateral (
+    select * from {schema}.outbox as event where event.event_id = picked.event_id offset 0
+) as event on true
 order by event.event_id
 """)
 

@@ -127,10 +127,12 @@ def _hold(tables: MetaData) -> Table:
         "outbox_hold",
         tables,
         Column("backend_id", _KEY_TEXT, primary_key=True),
+        # The hash follows from the key. It stands here so that one index serves whoever knows the key, only its hash,
+        # or neither: with two to choose from, a planner that believes the table empty takes either.
+        Column("key_hash", BigInteger, primary_key=True, autoincrement=False),
         Column("tenant_id", _KEY_TEXT, primary_key=True),
         Column("resource_type", _KEY_TEXT, primary_key=True),
         Column("resource_id", _KEY_TEXT, primary_key=True),
-        Column("key_hash", BigInteger, nullable=False),
         # What the hold owes, in order; empty while an attempt has it in hand.
         Column("event_ids", ARRAY(BigInteger), nullable=False),
         Column("owed_since", _INSTANT, nullable=False),
@@ -153,10 +155,15 @@ def _hold(tables: MetaData) -> Table:
     Index(
         "outbox_hold_due",
         hold.c.backend_id,
+        hold.c.alone,
         hold.c.next_attempt_at,
         postgresql_where=text("next_attempt_at is not null"),
     )
-    Index("outbox_hold_key_hash", hold.c.backend_id, hold.c.key_hash)
+    Index(
+        "outbox_hold_in_hand",
+        hold.c.backend_id,
+        postgresql_where=text("next_attempt_at is null and state <> 'dead'"),
+    )
     return hold
 
 

@@ -25,15 +25,17 @@ __all__ = ["CLOSE", "SETTLE", "Kept", "keep", "settle"]
 # Nearly every batch ends so: nothing failed and nothing was held, and one row says it all.
 CLOSE = Statement("""
 update {schema}.outbox_attempt as attempt
-set finished_at = clock_timestamp(), applied = :applied, stale = :stale, superseded = :superseded
+set finished_at = clock_timestamp(), applied = :applied, stale = :stale,
+    superseded = attempt.superseded + cast(:superseded as integer)
 where attempt.backend_id = :backend_id and attempt.attempt_id = :attempt_id and attempt.finished_at is null
   and attempt.relay_id = cast(:relay_id as uuid)
 returning attempt.attempt_id
 """)
 
 # closed    the fence: only the holder of the lease, or anybody once it ran out, and only once
-# resolved  holds that owe nothing more
-# eased     log order: what did not fit into the attempt is due at once
+# done      the holds of keys of which all that was in hand is done
+# resolved  ... that owe nothing more
+# eased     ... or, in log order, did not fit into the attempt: the rest is due at once
 # held      keys that are held back from now on; what they still owed stays behind what failed
 SETTLE = Statement("""
 with closed as (
@@ -46,21 +48,25 @@ with closed as (
            or cast(:expired as boolean) and attempt.lease_until < statement_timestamp())
     returning attempt.attempt_id
 ), done as materialized (
-    select done.*
+    select hold.row_id, hold.event_ids = '{}' as owes_nothing
     from closed cross join unnest(
         cast(:done_tenant_ids as text[]), cast(:done_resource_types as text[]), cast(:done_resource_ids as text[])
-    ) as done (tenant_id, resource_type, resource_id)
+    ) as key (tenant_id, resource_type, resource_id)
+    cross join lateral (
+        select hold.ctid as row_id, hold.event_ids
+        from {schema}.outbox_hold as hold
+        where hold.backend_id = :backend_id
+          and hold.key_hash = hashtextextended(key.tenant_id || '/' || key.resource_type || '/' || key.resource_id, 0)
+          and hold.tenant_id = key.tenant_id
+          and hold.resource_type = key.resource_type and hold.resource_id = key.resource_id
+        offset 0
+    ) as hold
 ), resolved as (
-    delete from {schema}.outbox_hold as hold
-    using done
-    where hold.backend_id = :backend_id and hold.tenant_id = done.tenant_id
-      and hold.resource_type = done.resource_type and hold.resource_id = done.resource_id and hold.event_ids = '{}'
+    delete from {schema}.outbox_hold where ctid = any (array(select row_id from done where owes_nothing))
 ), eased as (
-    update {schema}.outbox_hold as hold
+    update {schema}.outbox_hold
     set state = 'released', attempts = 0, lost = 0, alone = false, next_attempt_at = statement_timestamp()
-    from done
-    where hold.backend_id = :backend_id and hold.tenant_id = done.tenant_id
-      and hold.resource_type = done.resource_type and hold.resource_id = done.resource_id and hold.event_ids <> '{}'
+    where ctid = any (array(select row_id from done where not owes_nothing))
 ), held as (
     insert into {schema}.outbox_hold as hold
         (backend_id, tenant_id, resource_type, resource_id, key_hash, event_ids, owed_since, state, attempts, lost,
@@ -78,7 +84,7 @@ with closed as (
         cast(:delays as double precision[]), cast(:error_codes as text[]), cast(:errors as text[])
     ) as kept (tenant_id, resource_type, resource_id, event_ids, owed_since, state, attempts, lost, alone, delay,
                error_code, error)
-    on conflict (backend_id, tenant_id, resource_type, resource_id) do update
+    on conflict (backend_id, key_hash, tenant_id, resource_type, resource_id) do update
     set event_ids = excluded.event_ids || hold.event_ids,
         owed_since = excluded.owed_since, state = excluded.state, attempts = excluded.attempts, lost = excluded.lost,
         alone = excluded.alone, next_attempt_at = excluded.next_attempt_at,

@@ -22,21 +22,24 @@ select secondary.status, secondary.ordering, secondary.breaker, secondary.breake
        secondary.folded_through,
        exists (
            select from {schema}.outbox_attempt as attempt
-           where attempt.backend_id = secondary.backend_id and attempt.attempt_id > secondary.folded_through
+           where attempt.backend_id = :backend_id and attempt.attempt_id > secondary.folded_through
              and attempt.finished_at is null and attempt.lease_until < statement_timestamp()
        ) as lost_attempts,
        exists (
            select from {schema}.outbox_attempt as attempt
-           where attempt.backend_id = secondary.backend_id and attempt.attempt_id > secondary.folded_through
+           where attempt.backend_id = :backend_id and attempt.attempt_id > secondary.folded_through
              and attempt.finished_at is null
        ) as open_attempts,
        exists (
-           select from {schema}.outbox_hold as hold where hold.backend_id = secondary.backend_id
+           select from {schema}.outbox_hold as hold where hold.backend_id = :backend_id
        ) as holds,
-       exists (
-           select from {schema}.outbox_hold as hold
-           where hold.backend_id = secondary.backend_id and hold.next_attempt_at <= statement_timestamp() and hold.alone
-       ) as suspects
+       -- Ordered, so that only the index of what is due can serve it.
+       coalesce((
+           select true from {schema}.outbox_hold as hold
+           where hold.backend_id = :backend_id and hold.alone and hold.next_attempt_at <= statement_timestamp()
+           order by hold.next_attempt_at
+           limit 1
+       ), false) as suspects
 from {schema}.outbox_secondary as secondary
 where secondary.backend_id = :backend_id
 for no key update of secondary skip locked

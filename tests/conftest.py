@@ -26,57 +26,7 @@ from outbox.testing.servers import valkey_url as open_valkey
 
 # Only what a crash of the machine could undo; the durability tests start servers of their own.
 _FAST = {"fsync": "off", "full_page_writes": "off", "max_connections": "200"}
-# Known to fail, or not yet seen to pass since the last repair: they run, are counted, and are to be mended first.
-KNOWN_OPEN = {
-    "test_a_long_tail_is_handed_over_in_batches",
-    "test_a_newer_event_is_not_as_old_a_failure_as_the_one_it_supersedes",
-    "test_a_relay_killed_in_mid_batch_loses_nothing",
-    "test_a_revived_key_whose_relay_vanishes_has_spent_one_attempt",
-    "test_an_event_that_waited_behind_a_failing_one_has_all_its_own_attempts",
-    "test_an_outage_of_the_primary_spends_no_attempt",
-    "test_drain_goes_on_after_a_claim_that_only_fed_holds",
-    "test_everything_committed_arrives_after_postgres_crashed_under_load",
-    "test_one_probe_at_a_time_decides_also_with_two_relays",
-    "test_only_one_of_two_relays_records_a_loss",
-    "test_retry_after_is_honoured",
-    "test_what_a_waiting_hold_absorbed_is_never_missing_from_the_counts",
-}
-# Files whose tests were not all run again since the last repair; most pass and then show as XPASS.
-NOT_SEEN_SINCE = (
-    "test_01_",
-    "test_02_",
-    "test_03_",
-    "test_04_",
-    "test_05_",
-    "test_06_",
-    "test_07_",
-    "test_08_",
-    "test_11_",
-    "test_12_",
-    "test_13_",
-    "test_14_",
-    "test_relay",
-    "test_prune",
-    "test_lanes",
-    "test_retry",
-    "test_record",
-    "test_doorbell",
-    "test_docs",
-    "test_cli",
-    "test_demo",
-    "test_opensearch",
-    "test_servers",
-    "test_sql_",
-    "test_golden",
-)
 _SERVER = pytest.StashKey[PostgresServer]()
-
-
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Count what is known to be open as expected failures, in the open."""
-    for item in items:
-        if getattr(item, "originalname", item.name) in KNOWN_OPEN or item.path.name.startswith(NOT_SEEN_SINCE):
-            item.add_marker(pytest.mark.xfail(reason="known open, see KNOWN_OPEN in tests/conftest.py", strict=False))
 
 
 def pytest_report_collectionfinish(config: pytest.Config, items: list[pytest.Item]) -> list[str]:

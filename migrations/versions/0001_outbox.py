@@ -64,7 +64,6 @@ with lane as (
     from {schema}.outbox_secondary as secondary
     join {schema}.outbox_attempt as attempt
       on attempt.backend_id = secondary.backend_id and attempt.attempt_id > secondary.folded_through
-    where attempt.finished_at is not null
     group by attempt.backend_id
 )
 select secondary.backend_id,
@@ -175,10 +174,10 @@ def _create_hold(schema: str) -> None:
     op.create_table(
         "outbox_hold",
         sa.Column("backend_id", KEY, primary_key=True),
+        sa.Column("key_hash", sa.BigInteger, primary_key=True, autoincrement=False),
         sa.Column("tenant_id", KEY, primary_key=True),
         sa.Column("resource_type", KEY, primary_key=True),
         sa.Column("resource_id", KEY, primary_key=True),
-        sa.Column("key_hash", sa.BigInteger, nullable=False),
         sa.Column("event_ids", sa.ARRAY(sa.BigInteger), nullable=False),
         sa.Column("owed_since", INSTANT, nullable=False),
         sa.Column("state", sa.Text, nullable=False),
@@ -200,11 +199,17 @@ def _create_hold(schema: str) -> None:
     op.create_index(
         "outbox_hold_due",
         "outbox_hold",
-        ["backend_id", "next_attempt_at"],
+        ["backend_id", "alone", "next_attempt_at"],
         schema=schema,
         postgresql_where=sa.text("next_attempt_at is not null"),
     )
-    op.create_index("outbox_hold_key_hash", "outbox_hold", ["backend_id", "key_hash"], schema=schema)
+    op.create_index(
+        "outbox_hold_in_hand",
+        "outbox_hold",
+        ["backend_id"],
+        schema=schema,
+        postgresql_where=sa.text("next_attempt_at is null and state <> 'dead'"),
+    )
 
 
 def _create_secondary(schema: str) -> None:

@@ -23,7 +23,7 @@ with busy as materialized (
     ) as delivery
     limit cast($6 as integer) * cast($7 as integer)
 ), gone as (
-    delete from "public".outbox_delivery as delivery using fresh where delivery.ctid = fresh.row_id
+    delete from "public".outbox_delivery where ctid = any (array(select row_id from fresh))
 ), sliced as materialized (
     select lane, event_id, key_hash, (rank() over (order by key_hash) - 1) / cast($6 as integer) as slice
     from fresh
@@ -46,4 +46,7 @@ select batch.attempt_id, batch.lane,
        cast(event.content as text) as content, event.version,
        event.fhir_version, event.bulk_id, cast(event.headers as text) as headers, event.event_id,
        greatest(least(event.created_at, timestamptz '9999-01-01'), timestamptz '0001-01-02') as created_at
-from batch left join "public".outbox as event on event.event_id = batch.event_id
+from batch
+left join lateral (
+    select * from "public".outbox as event where event.event_id = batch.event_id offset 0
+) as event on true

@@ -1,6 +1,14 @@
-delete from "public".outbox_hold as hold
-where hold.backend_id = $1 and hold.event_ids = '{}' and hold.key_hash not in (
-    select unnest(attempt.key_hashes)
+with busy as materialized (
+    select unnest(attempt.key_hashes) as key_hash
     from "public".outbox_attempt as attempt
     where attempt.backend_id = $1 and attempt.attempt_id > $2 and attempt.finished_at is null
+), stray as materialized (
+    select hold.ctid as row_id, hold.event_ids = '{}' as owes_nothing
+    from "public".outbox_hold as hold
+    where hold.backend_id = $1 and hold.next_attempt_at is null and hold.state <> 'dead'
+      and hold.key_hash not in (select key_hash from busy)
+), gone as (
+    delete from "public".outbox_hold where ctid = any (array(select row_id from stray where owes_nothing))
 )
+update "public".outbox_hold set next_attempt_at = statement_timestamp()
+where ctid = any (array(select row_id from stray where not owes_nothing))

@@ -1,8 +1,8 @@
 with page as materialized (
-    select attempt.backend_id, attempt.attempt_id
+    select attempt.row_id
     from "public".outbox_secondary as secondary
     cross join lateral (
-        select attempt.backend_id, attempt.attempt_id
+        select attempt.ctid as row_id
         from "public".outbox_attempt as attempt
         where attempt.backend_id = secondary.backend_id and attempt.attempt_id <= secondary.folded_through
           and attempt.finished_at < statement_timestamp() - cast($1 as interval)
@@ -10,6 +10,4 @@ with page as materialized (
         limit $2
     ) as attempt
 )
-delete from "public".outbox_attempt as attempt
-using page
-where attempt.backend_id = page.backend_id and attempt.attempt_id = page.attempt_id
+delete from "public".outbox_attempt where ctid = any (array(select row_id from page))

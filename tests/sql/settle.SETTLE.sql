@@ -8,21 +8,25 @@ with closed as (
            or cast($12 as boolean) and attempt.lease_until < statement_timestamp())
     returning attempt.attempt_id
 ), done as materialized (
-    select done.*
+    select hold.row_id, hold.event_ids = '{}' as owes_nothing
     from closed cross join unnest(
         cast($13 as text[]), cast($14 as text[]), cast($15 as text[])
-    ) as done (tenant_id, resource_type, resource_id)
+    ) as key (tenant_id, resource_type, resource_id)
+    cross join lateral (
+        select hold.ctid as row_id, hold.event_ids
+        from "public".outbox_hold as hold
+        where hold.backend_id = $9
+          and hold.key_hash = hashtextextended(key.tenant_id || '/' || key.resource_type || '/' || key.resource_id, 0)
+          and hold.tenant_id = key.tenant_id
+          and hold.resource_type = key.resource_type and hold.resource_id = key.resource_id
+        offset 0
+    ) as hold
 ), resolved as (
-    delete from "public".outbox_hold as hold
-    using done
-    where hold.backend_id = $9 and hold.tenant_id = done.tenant_id
-      and hold.resource_type = done.resource_type and hold.resource_id = done.resource_id and hold.event_ids = '{}'
+    delete from "public".outbox_hold where ctid = any (array(select row_id from done where owes_nothing))
 ), eased as (
-    update "public".outbox_hold as hold
+    update "public".outbox_hold
     set state = 'released', attempts = 0, lost = 0, alone = false, next_attempt_at = statement_timestamp()
-    from done
-    where hold.backend_id = $9 and hold.tenant_id = done.tenant_id
-      and hold.resource_type = done.resource_type and hold.resource_id = done.resource_id and hold.event_ids <> '{}'
+    where ctid = any (array(select row_id from done where not owes_nothing))
 ), held as (
     insert into "public".outbox_hold as hold
         (backend_id, tenant_id, resource_type, resource_id, key_hash, event_ids, owed_since, state, attempts, lost,
@@ -40,7 +44,7 @@ with closed as (
         cast($25 as double precision[]), cast($26 as text[]), cast($27 as text[])
     ) as kept (tenant_id, resource_type, resource_id, event_ids, owed_since, state, attempts, lost, alone, delay,
                error_code, error)
-    on conflict (backend_id, tenant_id, resource_type, resource_id) do update
+    on conflict (backend_id, key_hash, tenant_id, resource_type, resource_id) do update
     set event_ids = excluded.event_ids || hold.event_ids,
         owed_since = excluded.owed_since, state = excluded.state, attempts = excluded.attempts, lost = excluded.lost,
         alone = excluded.alone, next_attempt_at = excluded.next_attempt_at,
