@@ -70,6 +70,13 @@ class Attempt(msgspec.Struct, frozen=True):
                 held[event.key] = Held(attempts, lost, failing_for)
         return cls(attempt_id, backend_id, log_order, events, held)
 
+    def alike(self, result: Result) -> list[Result]:
+        """Give every event one result; in state order older events of a key are superseded whatever happens."""
+        if self.log_order:
+            return [result] * len(self.events)
+        newest = {event.key: index for index, event in enumerate(self.events)}
+        return [result if newest[event.key] == index else Superseded() for index, event in enumerate(self.events)]
+
 
 def event_of(columns: Sequence[Any]) -> SyncEvent:
     """Build an event from its columns in the order of `SyncEvent`'s fields."""

@@ -10,7 +10,7 @@ from datetime import timedelta
 from typing import TYPE_CHECKING, Any, NamedTuple, TypedDict
 from uuid import UUID
 
-from outbox.attempt import Attempt, Lost, Released, Result, Superseded
+from outbox.attempt import Attempt, Lost, Released
 from outbox.breaker import allowance, ease, probe, trip
 from outbox.claim import claim
 from outbox.dispatch import Dispatched, dispatch
@@ -158,7 +158,7 @@ class Carrier:
         # Settled outside the turn, each by its own fence: whoever else found them loses.
         for attempt in lost:
             _log.warning("%s: taking over attempt %d, whose lease ran out", backend_id, attempt.attempt_id)
-            await self._settle(attempt, Dispatched(_all(attempt, Lost())), expired=True)
+            await self._settle(attempt, Dispatched(attempt.alike(Lost())), expired=True)
         self.ring()
         return None
 
@@ -214,12 +214,13 @@ class Carrier:
             dispatching.cancel()
             async with asyncio.timeout(_HANDING_BACK):
                 await asyncio.wait({dispatching})
-                await self._settle(attempt, _handed_back(attempt))
+                await self._settle(attempt, Dispatched(attempt.alike(Released())))
             raise
         else:
-            await self._settle(attempt, _handed_back(attempt) if dispatching.cancelled() else dispatching.result())
+            handed_back = Dispatched(attempt.alike(Released()))
+            await self._settle(attempt, handed_back if dispatching.cancelled() else dispatching.result())
         finally:
-            # Until it is settled its lease is kept: a primary that was away must not make what is known to be done lost.
+            # Its lease is kept until it is settled: what is known to be done must not be lost with the primary away.
             self.in_flight.pop(attempt.attempt_id, None)
         return len(attempt.events)
 
@@ -290,15 +291,3 @@ class Carrier:
 def code_of(error: BaseException) -> str:
     """Return what an error is, without its text: a driver's text may quote values."""
     return getattr(error, "sqlstate", None) or type(error).__name__
-
-
-def _handed_back(attempt: Attempt) -> Dispatched:
-    return Dispatched(_all(attempt, Released()))
-
-
-def _all(attempt: Attempt, result: Result) -> list[Result]:
-    """Give every event one result; in state order older events of a key are superseded whatever happens."""
-    if attempt.log_order:
-        return [result] * len(attempt.events)
-    newest = {event.key: index for index, event in enumerate(attempt.events)}
-    return [result if newest[event.key] == index else Superseded() for index, event in enumerate(attempt.events)]

@@ -117,7 +117,8 @@ class SyncManager:
         self._doorbell.ring(self.engine)
 
     async def aclose(self) -> None:
-        """Close the secondaries; the engine stays the caller's."""
+        """Close the secondaries, once the doorbell is still; the engine stays the caller's."""
+        await self._doorbell.aclose()
         for each in self.registrations:
             if isinstance(each.secondary, Closeable):
                 await each.secondary.aclose()

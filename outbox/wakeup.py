@@ -59,7 +59,13 @@ class Doorbell:
     def _ring_in_loop(self, engine: AsyncEngine) -> None:
         self._again = True
         if self._ringing is None or self._ringing.done():
-            self._ringing = asyncio.get_running_loop().create_task(self._keep_ringing(engine))
+            ringing = self._keep_ringing(engine)
+            self._ringing = asyncio.get_running_loop().create_task(ringing, name="outbox-doorbell")
+
+    async def aclose(self) -> None:
+        """Return when what was rung is sent; cut off in the middle, it would leave its connection to the collector."""
+        if self._ringing is not None and self._ringing.get_loop() is asyncio.get_running_loop():
+            await asyncio.wait([self._ringing])
 
     async def _keep_ringing(self, engine: AsyncEngine) -> None:
         while self._again:
