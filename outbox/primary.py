@@ -6,6 +6,7 @@ import asyncio
 import logging
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from datetime import timedelta
 from typing import Any, cast
 
 import asyncpg
@@ -96,12 +97,14 @@ class Primary:
 
     async def pin(self, connection: asyncpg.Connection[Any]) -> None:
         """Pin the plans, and bound how long anything may take or sit on a lock."""
-        limit = f"{int(self._config.statement_timeout.total_seconds() * 1000)}"
+        limit = _milliseconds(self._config.statement_timeout)
         settings = _PINNED | {
             "statement_timeout": limit,
             "lock_timeout": limit,
-            # A client that stalls inside a claim must not keep the secondary's registry row.
-            "idle_in_transaction_session_timeout": limit,
+            # A relay that is paused inside a claim must not keep the secondary's registry row for longer than its work.
+            "idle_in_transaction_session_timeout": _milliseconds(
+                min(self._config.statement_timeout, self._config.lease)
+            ),
         }
         names, values = list(settings), list(settings.values())
         await connection.execute(
@@ -134,6 +137,10 @@ class Primary:
         # Ours from now on: the application's pool gets its place back.
         raw.detach()
         return driver
+
+
+def _milliseconds(duration: timedelta) -> str:
+    return str(max(1, duration // timedelta(milliseconds=1)))
 
 
 async def _nothing(_: asyncpg.Connection[Any]) -> None:

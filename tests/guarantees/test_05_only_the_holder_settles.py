@@ -16,8 +16,10 @@ from outbox import RetryPolicy, SyncManager
 from outbox.attempt import Lost
 from outbox.errors import Unavailable
 from outbox.lease import expired
+from outbox.primary import Primary
 from outbox.secondaries.base import Applied, Rejected, Retry
 from outbox.settle import settle
+from outbox.turn import take_turn
 from tests.relay_process import RelayProcess, effects_in, told
 from tests.relaying import (
     change,
@@ -227,3 +229,17 @@ async def test_every_start_of_a_relay_has_a_name_of_its_own(primary: AsyncEngine
     """L5: what comes back under the same host name inherits no lease."""
     manager = SyncManager(primary, [ScriptedSecondary("search")])
     assert len({manager.relay().relay_id for _ in range(5)}) == 5
+
+
+async def test_a_relay_paused_inside_its_claim_keeps_the_others_out_for_a_lease_at_most(primary: AsyncEngine) -> None:
+    """L9, T5: what stalls while it holds the registry row is cut off by the server, and its claim undone."""
+    secondary = ScriptedSecondary("search")
+    manager = manager_of(primary, secondary, lease=0.5)
+    await manager.register()
+    await write(manager, change("1"))
+    stalled = await Primary(primary, manager.config).reserved()
+    await stalled.execute("begin")
+    assert await take_turn(stalled, "public", "search")
+    async with running(manager.relay()):
+        await eventually(lambda: nothing_owed(primary), timedelta(seconds=5))
+    stalled.terminate()
