@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from datetime import timedelta
+from functools import cached_property
+from operator import attrgetter
 from typing import Any, Self
 
 import msgspec
@@ -12,6 +14,9 @@ from outbox.event import Operation, SyncEvent
 from outbox.secondaries.base import Applied, Rejected, Retry, Stale
 
 __all__ = ["Attempt", "Held", "Lost", "Released", "Result", "Superseded", "event_of"]
+
+_POSITION = 2
+"""Where the position stands, counted from the end of a row."""
 
 _OPERATIONS = {str(operation): operation for operation in Operation}
 
@@ -44,31 +49,33 @@ class Held(msgspec.Struct, frozen=True):
     failing_for: timedelta | None
 
 
-class Attempt(msgspec.Struct, frozen=True):
-    """One open attempt: a batch handed to one secondary by one relay, in position order. `attempt_id` is the fence.
+class Attempt(msgspec.Struct, frozen=True, dict=True):
+    """One open attempt: a batch handed to one secondary by one relay. `attempt_id` is the fence.
 
-    `held` has the keys that came out of a hold. Results are lists beside `events`, index by index.
+    `held` has the keys that came out of a hold. `rows` end in the columns of an event; results are lists beside
+    `events`, index by index.
     """
 
     attempt_id: int
     backend_id: str
     log_order: bool
-    events: list[SyncEvent]
+    rows: Sequence[Sequence[Any]]
     held: dict[tuple[str, str, str], Held] = {}
 
+    @cached_property
+    def events(self) -> list[SyncEvent]:
+        """The events in position order. Built when first asked for, so that the next claim is under way meanwhile."""
+        # An event that somebody deleted by hand leaves nothing to deliver, but its attempt must be closed.
+        events = [event_of(row) for row in self.rows if row[-_POSITION] is not None]
+        # Sorted here, because sorting wide rows in the database costs more.
+        events.sort(key=attrgetter("position"))
+        return events
+
     @classmethod
-    def of_held(cls, attempt_id: int, backend_id: str, *, log_order: bool, rows: Iterable[Sequence[Any]]) -> Self:
+    def of_held(cls, attempt_id: int, backend_id: str, *, log_order: bool, rows: Sequence[Sequence[Any]]) -> Self:
         """Build from rows of attempts, lost, time failing, and the event's columns; attempts is None for no hold."""
-        events: list[SyncEvent] = []
-        held = {}
-        for attempts, lost, failing_for, *columns in rows:
-            if columns[0] is None:
-                continue  # somebody deleted the event by hand
-            event = event_of(columns)
-            events.append(event)
-            if attempts is not None:
-                held[event.key] = Held(attempts, lost, failing_for)
-        return cls(attempt_id, backend_id, log_order, events, held)
+        held = {tuple(row[3:6]): Held(*row[:3]) for row in rows if row[0] is not None}
+        return cls(attempt_id, backend_id, log_order, rows, held)
 
     def alike(self, result: Result) -> list[Result]:
         """Give every event one result; in state order older events of a key are superseded whatever happens."""
@@ -78,8 +85,9 @@ class Attempt(msgspec.Struct, frozen=True):
         return [result if newest[event.key] == index else Superseded() for index, event in enumerate(self.events)]
 
 
-def event_of(columns: Sequence[Any]) -> SyncEvent:
-    """Build an event from its columns in the order of `SyncEvent`'s fields."""
-    tenant, kind, name, operation, *rest = columns
+def event_of(row: Sequence[Any]) -> SyncEvent:
+    """Build an event from a row that ends in its columns, in the order of `SyncEvent`'s fields."""
+    *_, tenant, kind, name, operation, content, version, fhir_version, bulk_id, headers, position, at = row
     # A word of a newer version stays as it is: dispatch, and not the claim, refuses it.
-    return SyncEvent(tenant, kind, name, _OPERATIONS.get(operation, operation), *rest)
+    known = _OPERATIONS.get(operation, operation)
+    return SyncEvent(tenant, kind, name, known, content, version, fhir_version, bulk_id, headers, position, at)

@@ -6,6 +6,7 @@ import asyncio
 import itertools
 import logging
 import time
+from contextlib import suppress
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, NamedTuple, TypedDict
 from uuid import UUID
@@ -35,6 +36,7 @@ _log = logging.getLogger("outbox.relay")
 
 _SHORTEST_SLEEP = 0.002
 _LOOK_EVERYWHERE_EVERY = 60.0
+_RAISE_FLOORS_EVERY = 0.25
 _HANDING_BACK = 5.0
 # The claim that looks at holds costs a fixed millisecond more; between two of them held keys are passed by.
 _RESUME_EVERY = 0.02
@@ -78,7 +80,7 @@ class Carrier:
         self._strained = False
         self._alone = False
         self._alone_out = False
-        self._resume_at = 0.0
+        self._resume_at = self._raise_floors_at = 0.0
         self._look_everywhere_at = time.monotonic() + _LOOK_EVERYWHERE_EVERY
 
     async def run(self) -> None:
@@ -88,7 +90,7 @@ class Carrier:
             self._raise_defect()
             self._bell.clear()
             try:
-                attempts = await self._claim(self._room()) if self._room() else []
+                attempts = await self._claim(room) if (room := await self._worthwhile_room()) else []
             except PRIMARY_FAILED as error:
                 _log.warning("%s: claim failed (%s)", self.backend_id, code_of(error))
                 failures += 1
@@ -97,6 +99,8 @@ class Carrier:
             failures = 0
             for attempt in attempts or ():
                 self._start(attempt)
+            if attempts and time.monotonic() >= self._raise_floors_at:
+                await self._raise_floors()
             if attempts or await self._rung(sleep):
                 sleep = _SHORTEST_SLEEP
             else:
@@ -161,6 +165,13 @@ class Carrier:
             await self._settle(attempt, Dispatched(attempt.alike(Lost())), expired=True)
         self.ring()
         return None
+
+    async def _raise_floors(self) -> None:
+        """Keep the scans of a busy relay short: what it has delivered is soon more than what it claims."""
+        self._raise_floors_at = time.monotonic() + _RAISE_FLOORS_EVERY
+        with suppress(*PRIMARY_FAILED):
+            async with self._primary.connection() as connection:
+                await advance_floors(connection, self._config.database_schema, self.backend_id, self._lanes)
 
     async def _lost(self, connection: asyncpg.Connection[Any], turn: Turn) -> list[Attempt]:
         """Return what others left behind; what this relay has in hand it still knows the end of."""
@@ -268,6 +279,14 @@ class Carrier:
             self._strained = True
         elif self._strained and any(isinstance(each, _ANSWERED) for each in dispatched.results):
             await ease(connection, schema, self.backend_id, self._config.batch_size)
+
+    async def _worthwhile_room(self) -> int:
+        """Wait a moment for half of the slots to be free: claims share their fixed cost among the slots they fill."""
+        enough, deadline = self._config.attempts_in_flight // 2, time.monotonic() + _SHORTEST_SLEEP
+        while 0 < self._room() < enough and (left := deadline - time.monotonic()) > 0:
+            await self._rung(left)
+            self._bell.clear()
+        return self._room()
 
     def _room(self) -> int:
         # A suspect may take its process with it: nothing goes out beside it.

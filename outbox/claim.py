@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 from datetime import timedelta
-from operator import attrgetter
 from typing import TYPE_CHECKING, Any
 from uuid import UUID
 
-from outbox.attempt import Attempt, event_of
-from outbox.event import SyncEvent
+from outbox.attempt import Attempt
 from outbox.lanes import Lanes
 from outbox.schema import Statement
 from outbox.turn import Turn
@@ -111,17 +109,7 @@ async def claim(
     }
     rows = await connection.fetch(*CLAIM.arguments(schema, parameters))
     lanes.learn(asked, [row[1] for row in rows], full=len(rows) >= most)
-    in_hand: dict[int, list[SyncEvent]] = {}
-    for attempt_id, _, *columns in rows:
-        events = in_hand.setdefault(attempt_id, [])
-        # An event that somebody deleted by hand leaves nothing to deliver, but its attempt must be closed.
-        if columns[0] is not None:
-            events.append(event_of(columns))
-    # In position order; sorted here, because sorting wide rows in the database costs more.
-    return [
-        Attempt(attempt_id, backend_id, turn.log_order, sorted(events, key=_position))
-        for attempt_id, events in in_hand.items()
-    ]
-
-
-_position = attrgetter("position")
+    in_hand: dict[int, list[Any]] = {}
+    for row in rows:
+        in_hand.setdefault(row[0], []).append(row)
+    return [Attempt(attempt_id, backend_id, turn.log_order, of_it) for attempt_id, of_it in in_hand.items()]

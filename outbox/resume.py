@@ -200,4 +200,4 @@ async def resume(
         lanes.learn(asked, [row[1] for row in rows], full=len(rows) >= batch_size)
     if not rows:
         return None
-    return Attempt.of_held(rows[0][0], backend_id, log_order=turn.log_order, rows=(row[2:] for row in rows))
+    return Attempt.of_held(rows[0][0], backend_id, log_order=turn.log_order, rows=[row[2:] for row in rows])

@@ -43,6 +43,7 @@ WAYS = {
     "outbox_pkey": {"event_id"},
     "outbox_delivery_pkey": {"backend_id", "lane", "event_id"},
     "outbox_attempt_pkey": {"backend_id", "attempt_id"},
+    "outbox_attempt_open": {"backend_id", "attempt_id"},
     "outbox_hold_pkey": {"backend_id", "key_hash"},
     "outbox_hold_due": {"backend_id", "alone", "next_attempt_at"},
     "outbox_hold_in_hand": {"backend_id"},

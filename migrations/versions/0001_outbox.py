@@ -168,6 +168,13 @@ def _create_attempt(schema: str) -> None:
         schema=schema,
         postgresql_with={"fillfactor": "70"},
     )
+    op.create_index(
+        "outbox_attempt_open",
+        "outbox_attempt",
+        ["backend_id", "attempt_id"],
+        schema=schema,
+        postgresql_where=sa.text("finished_at is null"),
+    )
 
 
 def _create_hold(schema: str) -> None:
