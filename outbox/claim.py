@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 __all__ = ["CLAIM", "claim"]
 
 # busy      keys in some open attempt: nobody may start another event of them
+# held      whether any key is held back
 # fresh     deliveries of keys neither busy nor held, from each lane in turn, from its floor, in position order
 # sliced    cut into batches; the rank of equal hashes is equal, so that a key never falls into two of them
 # numbered  an attempt for each slice
@@ -27,6 +28,8 @@ with busy as materialized (
     select unnest(attempt.key_hashes) as key_hash
     from {schema}.outbox_attempt as attempt
     where attempt.backend_id = :backend_id and attempt.attempt_id > :folded_through and attempt.finished_at is null
+), held as materialized (
+    select exists (select from {schema}.outbox_hold as hold where hold.backend_id = :backend_id) as any_hold
 ), fresh as materialized (
     select delivery.row_id, delivery.lane, delivery.event_id, delivery.key_hash
     from unnest(cast(:lanes as smallint[]), cast(:floors as bigint[]), cast(:shares as integer[]))
@@ -36,12 +39,13 @@ with busy as materialized (
         from {schema}.outbox_delivery as delivery
         where delivery.backend_id = :backend_id and delivery.lane = lane.lane and delivery.event_id > lane.floor
           and delivery.key_hash not in (select key_hash from busy)
-          and not exists (
+          -- Asked once, as nearly always there is no hold at all; else a probe per row, as the plan of a join would
+          -- hang on how many holds there once were.
+          and (not (select any_hold from held) or not exists (
               select from {schema}.outbox_hold as hold
               where hold.backend_id = :backend_id and hold.key_hash = delivery.key_hash
-              -- Kept a probe per row: as a join, its plan would hang on how many holds there once were.
               offset 0
-          )
+          ))
         order by delivery.event_id
         limit lane.share
         for update of delivery skip locked

@@ -53,7 +53,7 @@ class StoredResource(msgspec.Struct, frozen=True, kw_only=True):
     deleted_at: datetime | None = None
 
 
-class SyncEvent(msgspec.Struct, frozen=True):
+class SyncEvent(msgspec.Struct, frozen=True, gc=False):
     """One change of one resource. Build it with `create`, `update`, `delete` or `bulk`, which check every field.
 
     `content` is exact JSON text, None exactly for a delete. `version` is the business's own version, carried and never

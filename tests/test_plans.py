@@ -48,8 +48,8 @@ WAYS = {
     "outbox_hold_due": {"backend_id", "alone", "next_attempt_at"},
     "outbox_hold_in_hand": {"backend_id"},
 }
-# The turn asks whether a secondary has any hold, and stops at the first.
-ANY_HOLD = ("turn.TURN", "outbox_hold_pkey", {"backend_id"})
+# Whether a secondary has any hold: that stops at the first.
+ANY_HOLD = ({"turn.TURN", "claim.CLAIM"}, "outbox_hold_pkey", {"backend_id"})
 
 FILL = """
 with event as (
@@ -160,7 +160,7 @@ def detours(statement: str, plan: Node) -> list[str]:
         index, condition = node.get("Index Name", ""), node.get("Index Cond", "")
         # A condition reads `(column = what)`, whatever stands on its right.
         used = set(re.findall(r"\((\w+) [<>=]", condition))
-        any_hold = (statement, index, used) == ANY_HOLD and "Filter" not in node
+        any_hold = statement in ANY_HOLD[0] and (index, used) == ANY_HOLD[1:] and "Filter" not in node
         enough = WAYS.get(index, {"an index"}) <= used or any_hold
         if not enough or kind not in ("Index Scan", "Index Only Scan"):
             found.append(f"{kind} on {table} by {index or 'no index'} with {condition or 'no condition'}")

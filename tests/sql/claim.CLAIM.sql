@@ -2,6 +2,8 @@ with busy as materialized (
     select unnest(attempt.key_hashes) as key_hash
     from "public".outbox_attempt as attempt
     where attempt.backend_id = $1 and attempt.attempt_id > $2 and attempt.finished_at is null
+), held as materialized (
+    select exists (select from "public".outbox_hold as hold where hold.backend_id = $1) as any_hold
 ), fresh as materialized (
     select delivery.row_id, delivery.lane, delivery.event_id, delivery.key_hash
     from unnest(cast($3 as smallint[]), cast($4 as bigint[]), cast($5 as integer[]))
@@ -11,12 +13,13 @@ with busy as materialized (
         from "public".outbox_delivery as delivery
         where delivery.backend_id = $1 and delivery.lane = lane.lane and delivery.event_id > lane.floor
           and delivery.key_hash not in (select key_hash from busy)
-          and not exists (
+          -- Asked once, as nearly always there is no hold at all; else a probe per row, as the plan of a join would
+          -- hang on how many holds there once were.
+          and (not (select any_hold from held) or not exists (
               select from "public".outbox_hold as hold
               where hold.backend_id = $1 and hold.key_hash = delivery.key_hash
-              -- Kept a probe per row: as a join, its plan would hang on how many holds there once were.
               offset 0
-          )
+          ))
         order by delivery.event_id
         limit lane.share
         for update of delivery skip locked
