@@ -7,8 +7,7 @@ import itertools
 import logging
 import time
 from contextlib import suppress
-from datetime import timedelta
-from typing import TYPE_CHECKING, Any, NamedTuple, TypedDict
+from typing import TYPE_CHECKING, Any, NamedTuple
 from uuid import UUID
 
 from outbox.attempt import Attempt, Lost, Released
@@ -17,7 +16,7 @@ from outbox.claim import claim
 from outbox.dispatch import Dispatched, dispatch
 from outbox.lanes import Lanes, advance_floors
 from outbox.lease import expired
-from outbox.primary import PRIMARY_FAILED, Primary
+from outbox.primary import PRIMARY_FAILED, Primary, code_of
 from outbox.prune import fold
 from outbox.register import Registration
 from outbox.resume import resume
@@ -30,7 +29,7 @@ from outbox.turn import Turn, take_turn
 if TYPE_CHECKING:
     import asyncpg
 
-__all__ = ["Carrier", "InHand", "code_of"]
+__all__ = ["Carrier", "InHand"]
 
 _log = logging.getLogger("outbox.relay")
 
@@ -41,15 +40,6 @@ _HANDING_BACK = 5.0
 # The claim that looks at holds costs a fixed millisecond more; between two of them held keys are passed by.
 _RESUME_EVERY = 0.02
 _ANSWERED = (Applied, Stale, Retry, Rejected)
-
-
-class _Claiming(TypedDict):
-    backend_id: str
-    relay_id: UUID
-    turn: Turn
-    batch_size: int
-    lanes: Lanes
-    lease: timedelta
 
 
 class InHand(NamedTuple):
@@ -184,14 +174,14 @@ class Carrier:
         self._strained = turn.breaker != "closed" or turn.breaker_failures > 0 or turn.breaker_ramp is not None
         if room == 0 or (self._strained and self.in_flight):
             return []
-        parameters = _Claiming(
-            backend_id=self.backend_id,
-            relay_id=self._relay_id,
-            turn=turn,
-            batch_size=room,
-            lanes=self._lanes,
-            lease=self._config.lease,
-        )
+        parameters: dict[str, Any] = {
+            "backend_id": self.backend_id,
+            "relay_id": self._relay_id,
+            "turn": turn,
+            "batch_size": room,
+            "lanes": self._lanes,
+            "lease": self._config.lease,
+        }
         schema, now = self._config.database_schema, time.monotonic()
         attempts: list[Attempt] = []
         if turn.holds and (now >= self._resume_at or turn.breaker != "closed"):
@@ -305,8 +295,3 @@ class Carrier:
     def _raise_defect(self) -> None:
         if self._defect is not None:
             raise self._defect
-
-
-def code_of(error: BaseException) -> str:
-    """Return what an error is, without its text: a driver's text may quote values."""
-    return getattr(error, "sqlstate", None) or type(error).__name__

@@ -17,7 +17,7 @@ from tenacity import AsyncRetrying, RetryCallState, retry_if_exception_type, wai
 from outbox.errors import SettingsError
 from outbox.settings import SyncConfig
 
-__all__ = ["PRIMARY_FAILED", "Primary"]
+__all__ = ["PRIMARY_FAILED", "Primary", "code_of"]
 
 _log = logging.getLogger("outbox.primary")
 
@@ -139,6 +139,11 @@ class Primary:
         return driver
 
 
+def code_of(error: BaseException | None) -> str:
+    """Return what an error is, without its text: a driver's text may quote values."""
+    return getattr(error, "sqlstate", None) or type(error).__name__
+
+
 def _milliseconds(duration: timedelta) -> str:
     return str(max(1, duration // timedelta(milliseconds=1)))
 
@@ -149,6 +154,5 @@ async def _nothing(_: asyncpg.Connection[Any]) -> None:
 
 def _log_wait(state: RetryCallState) -> None:
     error = state.outcome.exception() if state.outcome else None
-    code = getattr(error, "sqlstate", None) or type(error).__name__
     wait = state.next_action.sleep if state.next_action else 0.0
-    _log.warning("the primary does not answer (%s); trying again in %.1f s", code, wait)
+    _log.warning("the primary does not answer (%s); trying again in %.1f s", code_of(error), wait)

@@ -18,21 +18,21 @@ if TYPE_CHECKING:
     import asyncpg
     import psycopg
 
-__all__ = ["RECORD", "arrays", "record", "refuse_autocommit"]
+__all__ = ["RECORD", "RECORD_ONE", "record", "refuse_autocommit"]
 
 # The transaction gets its id before it draws a position: whoever reads the sequence and then the running
 # transactions has seen every writer that may still commit a lower position. Positions are drawn in the
 # order given, and rows are counted back without RETURNING, so an insert-only role can record.
-RECORD = Statement("""
+_RECORD = """
 with writer as materialized (
     select pg_current_xact_id() as transaction_id
 ), event as materialized (
-    select nextval('{schema}.outbox_event_id_seq') as event_id, given.*
-    from writer cross join unnest(
-        cast(:tenant_ids as text[]), cast(:resource_types as text[]), cast(:resource_ids as text[]),
-        cast(:operations as text[]), cast(:versions as text[]), cast(:fhir_versions as text[]),
-        cast(:contents as text[]), cast(:bulk_ids as uuid[]), cast(:headers as text[])
-    ) as given (tenant_id, resource_type, resource_id, operation, version, fhir_version, content, bulk_id, headers)
+    select nextval('{schema}.outbox_event_id_seq') as event_id,
+           cast(hashtextextended(tenant_id, 0) & 63 as smallint) as lane,
+           hashtextextended(tenant_id || '/' || resource_type || '/' || resource_id, 0) as key_hash,
+           given.*
+    from writer cross join [given]
+        as given (tenant_id, resource_type, resource_id, operation, version, fhir_version, content, bulk_id, headers)
 ), written as (
     insert into {schema}.outbox
         (event_id, tenant_id, resource_type, resource_id, operation, version, fhir_version, content, bulk_id, headers)
@@ -42,10 +42,7 @@ with writer as materialized (
     from event
 ), owed as (
     insert into {schema}.outbox_delivery (backend_id, lane, event_id, key_hash)
-    select secondary.backend_id,
-           cast(hashtextextended(event.tenant_id, 0) & 63 as smallint),
-           event.event_id,
-           hashtextextended(event.tenant_id || '/' || event.resource_type || '/' || event.resource_id, 0)
+    select secondary.backend_id, event.lane, event.event_id, event.key_hash
     from {schema}.outbox_secondary as secondary
     cross join event
     where secondary.status in ('shadow', 'live', 'paused')
@@ -54,7 +51,30 @@ with writer as materialized (
       and (cast(:backend_ids as text[]) is null or secondary.backend_id = any (cast(:backend_ids as text[])))
 )
 select event_id, exists (select from {schema}.outbox_secondary) as anybody from event
-""")
+"""
+
+RECORD = Statement(
+    _RECORD.replace(
+        "[given]",
+        """unnest(
+        cast(:tenant_ids as text[]), cast(:resource_types as text[]), cast(:resource_ids as text[]),
+        cast(:operations as text[]), cast(:versions as text[]), cast(:fhir_versions as text[]),
+        cast(:contents as text[]), cast(:bulk_ids as uuid[]), cast(:headers as text[])
+    )""",
+    )
+)
+
+# Nearly every transaction records one event, and nine arrays of one are dearer than nine values.
+RECORD_ONE = Statement(
+    _RECORD.replace(
+        "[given]",
+        """(values (
+        cast(:tenant_id as text), cast(:resource_type as text), cast(:resource_id as text), cast(:operation as text),
+        cast(:version as text), cast(:fhir_version as text), cast(:content as text), cast(:bulk_id as uuid),
+        cast(:headers as text)
+    ))""",
+    )
+)
 
 _ROWS_PER_STATEMENT = 1_000
 
@@ -103,9 +123,24 @@ def record(
     return _record_on_driver(connection, chosen, schema, backend_ids)
 
 
-def arrays(events: Sequence[SyncEvent], backend_ids: Sequence[str] | None) -> dict[str, Any]:
-    """Return the parameters of `RECORD` for these events."""
-    return {
+def _recording(events: Sequence[SyncEvent], backend_ids: Sequence[str] | None) -> tuple[Statement, dict[str, Any]]:
+    """Return the statement that writes these events, and its parameters."""
+    chosen = None if backend_ids is None else list(backend_ids)
+    if len(events) == 1:
+        event = events[0]
+        return RECORD_ONE, {
+            "tenant_id": event.tenant_id,
+            "resource_type": event.resource_type,
+            "resource_id": event.resource_id,
+            "operation": str(event.operation),
+            "version": event.version,
+            "fhir_version": event.fhir_version,
+            "content": event.content,
+            "bulk_id": event.bulk_id and str(event.bulk_id),
+            "headers": event.headers,
+            "backend_ids": chosen,
+        }
+    return RECORD, {
         "tenant_ids": [event.tenant_id for event in events],
         "resource_types": [event.resource_type for event in events],
         "resource_ids": [event.resource_id for event in events],
@@ -115,7 +150,7 @@ def arrays(events: Sequence[SyncEvent], backend_ids: Sequence[str] | None) -> di
         "contents": [event.content for event in events],
         "bulk_ids": [event.bulk_id and str(event.bulk_id) for event in events],
         "headers": [event.headers for event in events],
-        "backend_ids": None if backend_ids is None else list(backend_ids),
+        "backend_ids": chosen,
     }
 
 
@@ -137,11 +172,11 @@ def _record_on_sqlalchemy(
     connection: Connection, events: list[SyncEvent], schema: str, backend_ids: Sequence[str] | None
 ) -> list[int]:
     refuse_autocommit(connection)
-    statement = _sqlalchemy_text(schema)
     positions: list[int] = []
     for chunk in _chunks(events):
+        statement, parameters = _recording(chunk, backend_ids)
         try:
-            positions += _positions(connection.execute(statement, arrays(chunk, backend_ids)).all())
+            positions += _positions(connection.execute(_sqlalchemy_text(statement, schema), parameters).all())
         except DBAPIError as error:
             # Its text would quote the parameters, which are content.
             error.hide_parameters = True
@@ -168,7 +203,8 @@ def _record_on_driver(
     _refuse_idle_autocommit(connection)
     positions: list[int] = []
     for chunk in _chunks(events):
-        cursor = connection.execute(_psycopg_text(schema), arrays(chunk, backend_ids))
+        statement, parameters = _recording(chunk, backend_ids)
+        cursor = connection.execute(_psycopg_text(statement, schema), parameters)
         positions += _positions(cursor.fetchall())
     return positions
 
@@ -180,7 +216,8 @@ async def _record_on_asyncpg(
         raise _no_transaction()
     positions: list[int] = []
     for chunk in _chunks(events):
-        positions += _positions(await connection.fetch(*RECORD.arguments(schema, arrays(chunk, backend_ids))))
+        statement, parameters = _recording(chunk, backend_ids)
+        positions += _positions(await connection.fetch(*statement.arguments(schema, parameters)))
     return positions
 
 
@@ -190,7 +227,8 @@ async def _record_on_async_psycopg(
     _refuse_idle_autocommit(connection)
     positions: list[int] = []
     for chunk in _chunks(events):
-        cursor = await connection.execute(_psycopg_text(schema), arrays(chunk, backend_ids))
+        statement, parameters = _recording(chunk, backend_ids)
+        cursor = await connection.execute(_psycopg_text(statement, schema), parameters)
         positions += _positions(await cursor.fetchall())
     return positions
 
@@ -209,10 +247,10 @@ def _no_transaction() -> NotInTransaction:
 
 
 @cache
-def _sqlalchemy_text(schema: str) -> TextClause:
-    return text(RECORD.on(schema))
+def _sqlalchemy_text(statement: Statement, schema: str) -> TextClause:
+    return text(statement.on(schema))
 
 
 @cache
-def _psycopg_text(schema: str) -> str:
-    return str(_sqlalchemy_text(schema).compile(dialect=dialect_of("psycopg")))
+def _psycopg_text(statement: Statement, schema: str) -> str:
+    return str(_sqlalchemy_text(statement, schema).compile(dialect=dialect_of("psycopg")))

@@ -14,10 +14,10 @@ from uuid import uuid4
 import asyncpg
 from sqlalchemy.ext.asyncio import AsyncEngine
 
-from outbox.carrier import Carrier, code_of
+from outbox.carrier import Carrier
 from outbox.errors import UnknownSecondary
 from outbox.lease import heartbeat
-from outbox.primary import PRIMARY_FAILED, Primary
+from outbox.primary import PRIMARY_FAILED, Primary, code_of
 from outbox.prune import prune_attempts, prune_events
 from outbox.register import Registration, register
 from outbox.retry import RetryPolicy
@@ -131,7 +131,6 @@ class Relay:
         self._users += 1
         if self._users == 1:
             await self._primary.open()
-            await self._primary.wait()
             await self._register()
             self._background = [asyncio.create_task(self._watch())]
 
@@ -142,8 +141,17 @@ class Relay:
             await self._primary.close()
 
     async def _register(self) -> None:
-        async with self._engine.begin() as connection:
-            await connection.run_sync(register, self._config.database_schema, self._registrations)
+        """Write the registry, however often the primary goes away before it is written."""
+        while True:
+            await self._primary.wait()
+            try:
+                async with self._engine.begin() as connection:
+                    await connection.run_sync(register, self._config.database_schema, self._registrations)
+            except PRIMARY_FAILED as error:
+                _log.warning("registering failed (%s)", code_of(error))
+                await asyncio.sleep(_BETWEEN_WATCHES)
+            else:
+                return
 
     async def _wind_down(self, loops: list[asyncio.Task[None]]) -> None:
         for carrier in self._carriers.values():

@@ -1,12 +1,16 @@
 with writer as materialized (
     select pg_current_xact_id() as transaction_id
 ), event as materialized (
-    select nextval('"public".outbox_event_id_seq') as event_id, given.*
+    select nextval('"public".outbox_event_id_seq') as event_id,
+           cast(hashtextextended(tenant_id, 0) & 63 as smallint) as lane,
+           hashtextextended(tenant_id || '/' || resource_type || '/' || resource_id, 0) as key_hash,
+           given.*
     from writer cross join unnest(
         cast($1 as text[]), cast($2 as text[]), cast($3 as text[]),
         cast($4 as text[]), cast($5 as text[]), cast($6 as text[]),
         cast($7 as text[]), cast($8 as uuid[]), cast($9 as text[])
-    ) as given (tenant_id, resource_type, resource_id, operation, version, fhir_version, content, bulk_id, headers)
+    )
+        as given (tenant_id, resource_type, resource_id, operation, version, fhir_version, content, bulk_id, headers)
 ), written as (
     insert into "public".outbox
         (event_id, tenant_id, resource_type, resource_id, operation, version, fhir_version, content, bulk_id, headers)
@@ -16,10 +20,7 @@ with writer as materialized (
     from event
 ), owed as (
     insert into "public".outbox_delivery (backend_id, lane, event_id, key_hash)
-    select secondary.backend_id,
-           cast(hashtextextended(event.tenant_id, 0) & 63 as smallint),
-           event.event_id,
-           hashtextextended(event.tenant_id || '/' || event.resource_type || '/' || event.resource_id, 0)
+    select secondary.backend_id, event.lane, event.event_id, event.key_hash
     from "public".outbox_secondary as secondary
     cross join event
     where secondary.status in ('shadow', 'live', 'paused')

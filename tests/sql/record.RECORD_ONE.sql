@@ -1,0 +1,31 @@
+with writer as materialized (
+    select pg_current_xact_id() as transaction_id
+), event as materialized (
+    select nextval('"public".outbox_event_id_seq') as event_id,
+           cast(hashtextextended(tenant_id, 0) & 63 as smallint) as lane,
+           hashtextextended(tenant_id || '/' || resource_type || '/' || resource_id, 0) as key_hash,
+           given.*
+    from writer cross join (values (
+        cast($1 as text), cast($2 as text), cast($3 as text), cast($4 as text),
+        cast($5 as text), cast($6 as text), cast($7 as text), cast($8 as uuid),
+        cast($9 as text)
+    ))
+        as given (tenant_id, resource_type, resource_id, operation, version, fhir_version, content, bulk_id, headers)
+), written as (
+    insert into "public".outbox
+        (event_id, tenant_id, resource_type, resource_id, operation, version, fhir_version, content, bulk_id, headers)
+    overriding system value
+    select event_id, tenant_id, resource_type, resource_id, operation, version, fhir_version,
+           cast(content as json), bulk_id, cast(headers as json)
+    from event
+), owed as (
+    insert into "public".outbox_delivery (backend_id, lane, event_id, key_hash)
+    select secondary.backend_id, event.lane, event.event_id, event.key_hash
+    from "public".outbox_secondary as secondary
+    cross join event
+    where secondary.status in ('shadow', 'live', 'paused')
+      and (secondary.tenant_ids is null or event.tenant_id = any (secondary.tenant_ids))
+      and (secondary.resource_types is null or event.resource_type = any (secondary.resource_types))
+      and (cast($10 as text[]) is null or secondary.backend_id = any (cast($10 as text[])))
+)
+select event_id, exists (select from "public".outbox_secondary) as anybody from event
