@@ -12,6 +12,7 @@ from typing import Any
 from uuid import uuid4
 
 import asyncpg
+from sqlalchemy.exc import ProgrammingError
 from sqlalchemy.ext.asyncio import AsyncEngine
 
 from outbox.carrier import Carrier
@@ -147,6 +148,9 @@ class Relay:
             try:
                 async with self._engine.begin() as connection:
                     await connection.run_sync(register, self._config.database_schema, self._registrations)
+            except ProgrammingError:
+                # Tables or rights that are missing do not come by waiting.
+                raise
             except PRIMARY_FAILED as error:
                 _log.warning("registering failed (%s)", code_of(error))
                 await asyncio.sleep(_BETWEEN_WATCHES)
