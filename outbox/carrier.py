@@ -218,8 +218,9 @@ class Carrier:
                 await self._settle(attempt, Dispatched(attempt.alike(Released())))
             raise
         else:
-            handed_back = Dispatched(attempt.alike(Released()))
-            await self._settle(attempt, handed_back if dispatching.cancelled() else dispatching.result())
+            cut_off = dispatching.cancelled()
+            dispatched = Dispatched(attempt.alike(Released())) if cut_off else dispatching.result()
+            await self._settle(attempt, dispatched)
         finally:
             # Its lease is kept until it is settled: what is known to be done must not be lost with the primary away.
             self.in_flight.pop(attempt.attempt_id, None)
