@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from datetime import timedelta
-from functools import cached_property
 from operator import attrgetter
 from typing import Any, Self
 
@@ -13,10 +12,9 @@ import msgspec
 from outbox.event import Operation, SyncEvent
 from outbox.secondaries.base import Applied, Rejected, Retry, Stale
 
-__all__ = ["Attempt", "Held", "Lost", "Released", "Result", "Superseded", "event_of"]
+__all__ = ["Attempt", "Held", "Lost", "Released", "Result", "Superseded"]
 
-_POSITION = 2
-"""Where the position stands, counted from the end of a row."""
+_POSITION = -2
 
 _OPERATIONS = {str(operation): operation for operation in Operation}
 
@@ -49,33 +47,28 @@ class Held(msgspec.Struct, frozen=True):
     failing_for: timedelta | None
 
 
-class Attempt(msgspec.Struct, frozen=True, dict=True):
+class Attempt(msgspec.Struct, frozen=True):
     """One open attempt: a batch handed to one secondary by one relay. `attempt_id` is the fence.
 
-    `held` has the keys that came out of a hold. `rows` end in the columns of an event; results are lists beside
-    `events`, index by index.
+    `events` are in position order, and results are lists beside them, index by index. `held` has the keys that came
+    out of a hold.
     """
 
     attempt_id: int
     backend_id: str
     log_order: bool
-    rows: Sequence[Sequence[Any]]
-    held: dict[tuple[str, str, str], Held] = {}
-
-    @cached_property
-    def events(self) -> list[SyncEvent]:
-        """The events in position order. Built when first asked for, so that the next claim is under way meanwhile."""
-        # An event that somebody deleted by hand leaves nothing to deliver, but its attempt must be closed.
-        events = [event_of(row) for row in self.rows if row[-_POSITION] is not None]
-        # Sorted here, because sorting wide rows in the database costs more.
-        events.sort(key=attrgetter("position"))
-        return events
+    events: list[SyncEvent]
+    held: dict[tuple[str, str, str], Held]
 
     @classmethod
-    def of_held(cls, attempt_id: int, backend_id: str, *, log_order: bool, rows: Sequence[Sequence[Any]]) -> Self:
-        """Build from rows of attempts, lost, time failing, and the event's columns; attempts is None for no hold."""
+    def of_rows(cls, attempt_id: int, backend_id: str, *, log_order: bool, rows: Sequence[Sequence[Any]]) -> Self:
+        """Build from rows of a hold's attempts, losses and time failing (null for no hold), and an event's columns."""
+        # An event that somebody deleted by hand leaves nothing to deliver, but its attempt must be closed.
+        events = [_event(row) for row in rows if row[_POSITION] is not None]
+        # Sorted here, because sorting wide rows in the database costs more.
+        events.sort(key=attrgetter("position"))
         held = {tuple(row[3:6]): Held(*row[:3]) for row in rows if row[0] is not None}
-        return cls(attempt_id, backend_id, log_order, rows, held)
+        return cls(attempt_id, backend_id, log_order, events, held)
 
     def alike(self, result: Result) -> list[Result]:
         """Give every event one result; in state order older events of a key are superseded whatever happens."""
@@ -85,9 +78,8 @@ class Attempt(msgspec.Struct, frozen=True, dict=True):
         return [result if newest[event.key] == index else Superseded() for index, event in enumerate(self.events)]
 
 
-def event_of(row: Sequence[Any]) -> SyncEvent:
-    """Build an event from a row that ends in its columns, in the order of `SyncEvent`'s fields."""
-    *_, tenant, kind, name, operation, content, version, fhir_version, bulk_id, headers, position, at = row
-    # A word of a newer version stays as it is: dispatch, and not the claim, refuses it.
+def _event(row: Sequence[Any]) -> SyncEvent:
+    _, _, _, tenant, kind, name, operation, content, version, fhir_version, bulk_id, headers, position, at = row
+    # A word of a newer version stays as it is: dispatch refuses it, so that it is failing and visible.
     known = _OPERATIONS.get(operation, operation)
     return SyncEvent(tenant, kind, name, known, content, version, fhir_version, bulk_id, headers, position, at)

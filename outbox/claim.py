@@ -1,4 +1,4 @@
-"""Claim: take a batch of fresh deliveries for one secondary and turn it into one open attempt."""
+"""Claim: take fresh deliveries for one secondary and turn each batch of them into one open attempt."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 from uuid import UUID
 
-from outbox.attempt import Attempt
 from outbox.lanes import Lanes
 from outbox.schema import Statement
 from outbox.turn import Turn
@@ -70,15 +69,7 @@ with busy as materialized (
     from batch
     group by attempt_id
 )
-select batch.attempt_id, batch.lane,
-       event.tenant_id, event.resource_type, event.resource_id, event.operation,
-       cast(event.content as text) as content, event.version,
-       event.fhir_version, event.bulk_id, cast(event.headers as text) as headers, event.event_id,
-       greatest(least(event.created_at, timestamptz '9999-01-01'), timestamptz '0001-01-02') as created_at
-from batch
-left join lateral (
-    select * from {schema}.outbox as event where event.event_id = batch.event_id offset 0
-) as event on true
+select attempt_id, lane, count(*) as deliveries from batch group by attempt_id, lane
 """)
 
 
@@ -93,10 +84,11 @@ async def claim(
     lanes: Lanes,
     lease: timedelta,
     slots: int = 1,
-) -> list[Attempt]:
-    """Open up to `slots` attempts of up to `batch_size` keys each; none when nothing is waiting but held keys.
+) -> list[int]:
+    """Open up to `slots` attempts of up to `batch_size` keys each; return their ids.
 
-    Runs in the transaction of `take_turn`. Several attempts from one claim share its fixed cost.
+    There are none when nothing is waiting but held keys. Runs in the transaction of `take_turn`. Several attempts from
+    one claim share its fixed cost; what is in them is loaded once the claim is committed.
     """
     most = batch_size * slots
     asked = lanes.shares(most)
@@ -112,8 +104,5 @@ async def claim(
         "shares": asked.shares,
     }
     rows = await connection.fetch(*CLAIM.arguments(schema, parameters))
-    lanes.learn(asked, [row[1] for row in rows], full=len(rows) >= most)
-    in_hand: dict[int, list[Any]] = {}
-    for row in rows:
-        in_hand.setdefault(row[0], []).append(row)
-    return [Attempt(attempt_id, backend_id, turn.log_order, of_it) for attempt_id, of_it in in_hand.items()]
+    lanes.learn(asked, [row[1:] for row in rows], full=sum(row[2] for row in rows) >= most)
+    return sorted({row[0] for row in rows})

@@ -19,7 +19,7 @@ __all__ = ["Dispatched", "dispatch"]
 _log = logging.getLogger("outbox.dispatch")
 
 _OPERATIONS = frozenset(Operation)
-_OUTCOMES = (Applied, Stale, Retry, Rejected)
+_OUTCOMES = frozenset((Applied, Stale, Retry, Rejected))
 _UNKNOWN_OUTCOME = Retry("unknown_outcome", "the secondary's answer does not match the batch")
 # Written by a newer version: a newer relay will know it, so it must not die here.
 _UNKNOWN_OPERATION = Retry("unknown_operation", "this relay does not know the event's operation")
@@ -120,7 +120,7 @@ def _trusted(outcomes: object, expected: int) -> Sequence[Outcome]:
     if (
         not isinstance(outcomes, (list, tuple))
         or len(outcomes) != expected
-        or not all(isinstance(each, _OUTCOMES) for each in outcomes)
+        or not _OUTCOMES.issuperset(map(type, outcomes))
     ):
         return [_UNKNOWN_OUTCOME] * expected
     return outcomes

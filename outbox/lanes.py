@@ -8,7 +8,7 @@ some old snapshot keeps vacuum from removing them.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 import msgspec
@@ -79,9 +79,15 @@ class Lanes:
             [max(share, glance) if lane in self._busy else glance for lane in order],
         )
 
-    def learn(self, asked: Asked, taken: Sequence[int | None], *, full: bool) -> None:
-        """Remember which lanes gave all they were asked for; lanes a full batch never reached stay as they were."""
-        counts = Counter(lane for lane in taken if lane is not None)
+    def learn(self, asked: Asked, taken: Iterable[tuple[int | None, int]], *, full: bool) -> None:
+        """Remember which lanes gave all they were asked for; lanes a full batch never reached stay as they were.
+
+        `taken` says how many came from which lane; None is for what came out of holds.
+        """
+        counts: Counter[int] = Counter()
+        for lane, deliveries in taken:
+            if lane is not None:
+                counts[lane] += deliveries
         reached = max((step for step, lane in enumerate(asked.lanes) if counts[lane]), default=-1) if full else LANES
         for step, (lane, share) in enumerate(zip(asked.lanes, asked.shares, strict=True)):
             if counts[lane] >= share:

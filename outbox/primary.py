@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import ExitStack, asynccontextmanager
 from datetime import timedelta
 from typing import Any, cast
 
@@ -31,6 +31,8 @@ PRIMARY_FAILED = (
 )
 """What talking to the primary may raise; everything else is a defect and is not retried."""
 
+_SHORTEST_PAUSE = 0.002
+
 # The claim's plan must not depend on statistics: what was planned while the tables were empty is what a cached
 # plan would stay with. Every access is by an index that exists for it.
 _PINNED = {
@@ -44,6 +46,8 @@ _PINNED = {
     "application_name": "outbox relay",
     "default_transaction_isolation": "read committed",
 }
+
+_ARRAYS = "select $1::smallint[], $2::integer[], $3::bigint[], $4::float8[], $5::boolean[], $6::timestamptz[]"
 
 
 class Primary:
@@ -92,26 +96,34 @@ class Primary:
     async def reserved(self) -> asyncpg.Connection[Any]:
         """Return a connection of its own, outside the pool; the caller closes it."""
         connection = await self._connect()
-        await self.pin(connection)
+        with ExitStack() as undo:
+            # Whoever is stopped in here has no hand on it to close it.
+            undo.callback(connection.terminate)
+            await self.pin(connection)
+            undo.pop_all()
         return connection
 
     async def pin(self, connection: asyncpg.Connection[Any]) -> None:
         """Pin the plans, and bound how long anything may take or sit on a lock."""
         limit = _milliseconds(self._config.statement_timeout)
+        # A relay that is paused inside a claim must not keep the secondary's registry row for longer than its work.
+        turn = _milliseconds(min(self._config.statement_timeout, self._config.lease))
         settings = _PINNED | {
             "statement_timeout": limit,
             "lock_timeout": limit,
-            # A relay that is paused inside a claim must not keep the secondary's registry row for longer than its work.
-            "idle_in_transaction_session_timeout": _milliseconds(
-                min(self._config.statement_timeout, self._config.lease)
-            ),
+            "idle_in_transaction_session_timeout": turn,
+            # Since PostgreSQL 17; before, a relay paused while it prepares a claim keeps the row for `limit`.
+            "transaction_timeout": turn,
         }
         names, values = list(settings), list(settings.values())
         await connection.execute(
-            "select set_config(name, value, false) from unnest($1::text[], $2::text[]) as setting (name, value)",
+            "select set_config(name, value, false) from unnest($1::text[], $2::text[]) as setting (name, value) "
+            "where current_setting(name, true) is not null",
             names,
             values,
         )
+        # The driver asks the catalog about a kind of array when it first meets it: now, and not inside somebody's turn.
+        await connection.prepare(_ARRAYS)
 
     async def wait(self) -> None:
         """Return once the primary answers; tries for ever, with jittered backoff up to 10 s."""
@@ -121,6 +133,11 @@ class Primary:
             before_sleep=_log_wait,
         )
         await retrying(self._answers)
+
+    async def recover(self, failures: int) -> None:
+        """Wait for the primary, and longer from failure to failure: what can never work must not be tried in a spin."""
+        await asyncio.sleep(_SHORTEST_PAUSE * 4 ** min(failures, 7) / 4)
+        await self.wait()
 
     async def _answers(self) -> None:
         async with asyncio.timeout(10), self.connection() as connection:

@@ -15,6 +15,7 @@ from outbox.secondaries.base import Secondary
 
 __all__ = ["REGISTER", "Registration", "register"]
 
+# Rows that say the same already are not touched: an upsert would wait for whoever has the secondary's turn.
 REGISTER = Statement("""
 insert into {schema}.outbox_secondary as secondary (backend_id, role, ordering, tenant_ids, resource_types)
 select given.backend_id, given.role, given.ordering,
@@ -23,11 +24,15 @@ from unnest(
     cast(:backend_ids as text[]), cast(:roles as text[]), cast(:orderings as text[]),
     cast(:tenant_ids as text[]), cast(:resource_types as text[])
 ) as given (backend_id, role, ordering, tenant_ids, resource_types)
+where not exists (
+    select from {schema}.outbox_secondary as known
+    where (known.backend_id, known.role, known.ordering) = (given.backend_id, given.role, given.ordering)
+      and known.tenant_ids is not distinct from cast(given.tenant_ids as text[])
+      and known.resource_types is not distinct from cast(given.resource_types as text[])
+)
 on conflict (backend_id) do update
 set role = excluded.role, ordering = excluded.ordering, tenant_ids = excluded.tenant_ids,
     resource_types = excluded.resource_types
-where (secondary.role, secondary.ordering, secondary.tenant_ids, secondary.resource_types)
-    is distinct from (excluded.role, excluded.ordering, excluded.tenant_ids, excluded.resource_types)
 """)
 
 _BACKEND_ID = re.compile(r"[a-z][a-z0-9_-]{0,62}")

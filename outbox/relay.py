@@ -164,12 +164,12 @@ class Relay:
             # A claim under way is let finish: cut off at its commit, it could leave an attempt that nobody has.
             await asyncio.wait(loops, timeout=_LAST_CLAIM)
         grace = self._config.shutdown_grace.total_seconds() if self._stop.is_set() else 0.0
-        finishing = asyncio.gather(*(carrier.finish(grace) for carrier in self._carriers.values()))
+        finishing = asyncio.gather(*(carrier.hands.finish(grace) for carrier in self._carriers.values()))
         hurry = asyncio.create_task(self._hurry.wait())
         ends: set[asyncio.Future[Any]] = {hurry, finishing}
         await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
         for carrier in self._carriers.values():
-            carrier.give_up(set(carrier.in_flight))
+            carrier.hands.give_up(carrier.hands.attempt_ids)
         await finishing
         await _cancelled([*loops, hurry])
 
@@ -213,16 +213,16 @@ class Relay:
                 await self._primary.wait()
         except TimeoutError:
             for carrier in self._carriers.values():
-                carrier.give_up(set(carrier.in_flight))
+                carrier.hands.give_up(carrier.hands.attempt_ids)
             await self._primary.wait()
 
     async def _keep_leases(self, connection: asyncpg.Connection[Any]) -> None:
         await connection.fetchval("select 1")
         schema, lease = self._config.database_schema, self._config.lease
         for backend_id, carrier in self._carriers.items():
-            if mine := set(carrier.in_flight):
+            if mine := carrier.hands.attempt_ids:
                 kept = await heartbeat(connection, schema, self.relay_id, backend_id, sorted(mine), lease)
-                carrier.give_up(mine - kept)
+                carrier.hands.give_up(mine - kept)
 
     async def _tidy(self) -> None:
         schema = self._config.database_schema

@@ -10,7 +10,6 @@ from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 from uuid import UUID
 
-from outbox.attempt import Attempt
 from outbox.lanes import Lanes
 from outbox.schema import Statement
 from outbox.turn import Turn
@@ -134,10 +133,9 @@ with busy as materialized (
 ), superseded as materialized (
     select coalesce(sum(cardinality(owed) - 1), 0) as deliveries from touched where not cast(:log_order as boolean)
 ), picked as materialized (
-    select unnest(going) as event_id, key_hash, null as lane, attempts, lost, first_failed_at
-    from divided
+    select unnest(going) as event_id, key_hash, null as lane from divided
     union all
-    select event_id, key_hash, lane, null, null, null
+    select event_id, key_hash, lane
     from fresh where event_id not in (select unnest(event_ids) from absorbed)
 ), gone as (
     delete from {schema}.outbox_delivery where ctid = any (array(select row_id from fresh))
@@ -152,17 +150,9 @@ with busy as materialized (
     having count(*) > 0 or (select deliveries from superseded) > 0
     returning attempt_id
 )
-select opened.attempt_id, picked.lane, picked.attempts, picked.lost,
-       statement_timestamp() - picked.first_failed_at as failing_for,
-       event.tenant_id, event.resource_type, event.resource_id, event.operation,
-       cast(event.content as text) as content, event.version,
-       event.fhir_version, event.bulk_id, cast(event.headers as text) as headers, event.event_id,
-       greatest(least(event.created_at, timestamptz '9999-01-01'), timestamptz '0001-01-02') as created_at
+select opened.attempt_id, picked.lane, count(*) as events
 from opened cross join picked
-left join lateral (
-    select * from {schema}.outbox as event where event.event_id = picked.event_id offset 0
-) as event on true
-order by event.event_id
+group by opened.attempt_id, picked.lane
 """)
 
 
@@ -177,8 +167,8 @@ async def resume(
     lanes: Lanes,
     lease: timedelta,
     alone: bool = False,
-) -> Attempt | None:
-    """Open an attempt with up to `batch_size` events, those of due holds first; None when nothing is due.
+) -> int | None:
+    """Open an attempt with up to `batch_size` events, those of due holds first; return its id, None if nothing is due.
 
     Runs in the transaction of `take_turn`. Suspects are taken only `alone`, one at a time.
     """
@@ -197,7 +187,5 @@ async def resume(
     }
     rows = await connection.fetch(*RESUME.arguments(schema, parameters))
     if not alone:
-        lanes.learn(asked, [row[1] for row in rows], full=len(rows) >= batch_size)
-    if not rows:
-        return None
-    return Attempt.of_held(rows[0][0], backend_id, log_order=turn.log_order, rows=[row[2:] for row in rows])
+        lanes.learn(asked, [row[1:] for row in rows], full=sum(row[2] for row in rows) >= batch_size)
+    return rows[0][0] if rows else None

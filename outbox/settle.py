@@ -135,14 +135,15 @@ async def settle(
 
     Autocommits. Any relay may close an `expired` attempt once its lease ran out, otherwise only its holder.
     """
-    expired = expired or any(isinstance(result, Lost) for result in results)
+    counted = Counter(map(type, results))
+    expired = expired or Lost in counted
     parameters: dict[str, Any] = {
         "backend_id": attempt.backend_id,
         "attempt_id": attempt.attempt_id,
         "relay_id": relay_id,
-        **_counts(results),
+        **_counts(counted),
     }
-    if not expired and not attempt.held and not any(isinstance(result, _OWED) for result in results):
+    if not expired and not attempt.held and not any(kind in counted for kind in _OWED):
         return await connection.fetchval(*CLOSE.arguments(schema, parameters)) is not None
     kept, done = _sorted_out(attempt, results, policy)
     parameters |= {
@@ -213,8 +214,7 @@ def _sorted_out(attempt: Attempt, results: Sequence[Result], policy: RetryPolicy
     return kept, done
 
 
-def _counts(results: Sequence[Result]) -> dict[str, int]:
-    found = Counter(map(type, results))
+def _counts(found: Counter[type[Result]]) -> dict[str, int]:
     return {
         "applied": found[Applied],
         "stale": found[Stale],

@@ -17,10 +17,11 @@ from outbox import Registration, Relay, SyncConfig, SyncEvent, SyncManager
 from outbox.attempt import Attempt
 from outbox.claim import claim
 from outbox.lanes import Lanes
+from outbox.load import load
 from outbox.resume import resume
 from outbox.secondaries.base import Secondary
 from outbox.testing.postgres import EmbeddedPostgres
-from outbox.turn import take_turn
+from outbox.turn import Turn, take_turn
 
 TABLES = ("outbox", "outbox_delivery", "outbox_attempt", "outbox_hold", "outbox_secondary")
 _QUICK: dict[str, Any] = {
@@ -153,16 +154,28 @@ async def claim_on(
     """Claim in the connection's transaction: due holds first, then fresh deliveries."""
     turn = await take_turn(connection, "public", backend_id)
     assert turn is not None
-    return await resume(
+    relay_id = relay_id or uuid4()
+    attempt_id = await resume(
         connection,
         "public",
         backend_id=backend_id,
-        relay_id=relay_id or uuid4(),
+        relay_id=relay_id,
         turn=turn,
         batch_size=batch_size,
         lanes=lanes or Lanes(),
         lease=lease,
     )
+    return None if attempt_id is None else await load_opened(connection, turn, backend_id, relay_id, attempt_id)
+
+
+async def load_opened(
+    connection: asyncpg.Connection[Any], turn: Turn, backend_id: str, relay_id: UUID, attempt_id: int
+) -> Attempt:
+    """Load an attempt that was opened just now."""
+    names: dict[str, Any] = {"backend_id": backend_id, "relay_id": relay_id, "attempt_id": attempt_id}
+    attempt = await load(connection, "public", **names, log_order=turn.log_order, held=True)
+    assert attempt is not None
+    return attempt
 
 
 async def claim_fresh(engine: AsyncEngine, backend_id: str, *, lanes: Lanes, batch_size: int = 100) -> list[Attempt]:
@@ -170,16 +183,18 @@ async def claim_fresh(engine: AsyncEngine, backend_id: str, *, lanes: Lanes, bat
     async with raw(engine) as connection, connection.transaction():
         turn = await take_turn(connection, "public", backend_id)
         assert turn is not None
-        return await claim(
+        relay_id = uuid4()
+        opened = await claim(
             connection,
             "public",
             backend_id=backend_id,
-            relay_id=uuid4(),
+            relay_id=relay_id,
             turn=turn,
             batch_size=batch_size,
             lanes=lanes,
             lease=timedelta(minutes=1),
         )
+        return [await load_opened(connection, turn, backend_id, relay_id, attempt_id) for attempt_id in opened]
 
 
 @contextmanager

@@ -21,11 +21,10 @@ calmly = settings(deadline=None)
 def claim(lanes: Lanes, waiting: Counter[int], batch_size: int) -> Counter[int]:
     """Take from the lanes in the order asked, up to their shares, until the batch is full: as the statement does."""
     asked = lanes.shares(batch_size)
-    taken: list[int | None] = []
+    counts: Counter[int] = Counter()
     for lane, share in zip(asked.lanes, asked.shares, strict=True):
-        taken += [lane] * min(share, waiting[lane], batch_size - len(taken))
-    lanes.learn(asked, taken, full=len(taken) >= batch_size)
-    counts = Counter(lane for lane in taken if lane is not None)
+        counts[lane] = min(share, waiting[lane], batch_size - counts.total())
+    lanes.learn(asked, counts.items(), full=counts.total() >= batch_size)
     waiting.subtract(counts)
     return counts
 

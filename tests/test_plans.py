@@ -15,6 +15,7 @@ import asyncpg
 import pytest
 from conftest import new_database
 from psycopg import sql
+from relaying import load_opened
 from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
 from sqlalchemy.pool import NullPool
 from test_golden_sql import statements
@@ -300,9 +301,10 @@ async def take(
         parameters |= {"backend_id": "search", "turn": turn, "batch_size": batch_size}
         if resuming:
             resumed = await resume(connection, "public", **parameters)
-            attempts = [resumed] if resumed else []
+            opened = [resumed] if resumed else []
         else:
-            attempts = await claim(connection, "public", **parameters, slots=slots)
+            opened = await claim(connection, "public", **parameters, slots=slots)
+        attempts = [await load_opened(connection, turn, "search", relay_id, attempt_id) for attempt_id in opened]
     for attempt in attempts:
         applied = [Applied()] * len(attempt.events)
         assert await settle(connection, "public", relay_id, attempt, applied, policy)
@@ -366,7 +368,7 @@ def all_full() -> Lanes:
     """What a relay knows when every lane filled its share last time: it will ask them all."""
     lanes = Lanes()
     asked = lanes.shares(100)
-    lanes.learn(asked, [lane for lane in asked.lanes for _ in range(100)], full=True)
+    lanes.learn(asked, [(lane, 100) for lane in asked.lanes], full=True)
     return lanes
 
 

@@ -238,3 +238,13 @@ async def test_a_cancelled_run_hands_back_what_it_had(primary: AsyncEngine) -> N
     assert hold is not None
     assert (hold["state"], hold["attempts"]) == ("released", 0)
     assert await value(primary, "select released from outbox_attempt") == 1
+
+
+async def test_a_relay_starts_while_another_sits_on_the_registry(primary: AsyncEngine) -> None:
+    """A relay that was paused inside a claim keeps its secondary's row locked: nobody who starts waits for it."""
+    manager = manager_of(primary, ScriptedSecondary("search"))
+    await manager.register()
+    async with raw(primary) as paused, paused.transaction():
+        await paused.execute("select from outbox_secondary for no key update")
+        async with asyncio.timeout(5):
+            await manager.register()

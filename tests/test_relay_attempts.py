@@ -4,14 +4,17 @@ from __future__ import annotations
 
 from datetime import timedelta
 from typing import Any
+from uuid import UUID
 
 import pytest
 from sqlalchemy.ext.asyncio import AsyncEngine
 from tenacity import stop_after_attempt, stop_after_delay, wait_incrementing
 
 from outbox import RetryPolicy, SyncManager
+from outbox.attempt import Attempt
+from outbox.load import load
 from outbox.secondaries.base import Outcome, Rejected, Retry
-from tests.relaying import change, claim_by_hand, execute, hold_of, manager_of, rows, running, write
+from tests.relaying import change, claim_by_hand, execute, hold_of, manager_of, raw, rows, running, write
 from tests.scripted import Hang, ScriptedSecondary
 from tests.waiting import eventually
 
@@ -127,3 +130,24 @@ async def test_a_retry_after_of_one_event_lengthens_its_wait_up_to_the_cap(prima
     assert waits["much"] == pytest.approx(100)
     assert 0 <= waits["none"] < 1
     assert 0 <= waits["negative"] < 1
+
+
+async def test_only_the_holder_of_an_open_attempt_can_load_it(primary: AsyncEngine) -> None:
+    """L2: a relay that wakes up between its claim and its load finds that the attempt is no longer its own."""
+    secondary, manager = await one(primary)
+    await write(manager, change("1"))
+    attempt = await claim_by_hand(primary, "search", relay_id=UUID(int=1), lease=timedelta(minutes=1))
+    assert attempt is not None
+
+    async def loaded(relay_id: int) -> Attempt | None:
+        names: dict[str, Any] = {"backend_id": "search", "relay_id": UUID(int=relay_id)}
+        async with raw(primary) as connection:
+            return await load(connection, "public", **names, attempt_id=attempt.attempt_id, log_order=False, held=False)
+
+    mine = await loaded(1)
+    assert mine == attempt
+    assert [event.content for event in mine.events] == [change("1").content]
+    assert await loaded(2) is None
+    await execute(primary, "update outbox_attempt set finished_at = now()")
+    assert await loaded(1) is None
+    assert secondary.sent == []

@@ -9,8 +9,9 @@ from datetime import timedelta
 import pytest
 from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
 
-from outbox import SyncManager
+from outbox import SyncConfig, SyncManager
 from outbox.migrate import migrate
+from outbox.primary import PRIMARY_FAILED, Primary
 from outbox.testing.postgres import EmbeddedPostgres
 from tests.relaying import change, execute, hold_of, manager_of, own_server, pending, rows, running, value, write
 from tests.scripted import ScriptedSecondary
@@ -187,3 +188,54 @@ async def test_a_change_of_the_tables_in_mid_run_costs_no_attempt(primary: Async
     assert await hold_of(primary, "1") is None
     status = await manager.backend_status("search")
     assert (status.retried, status.lost) == (0, 0)
+
+
+async def test_a_load_that_fails_is_tried_again_and_costs_no_attempt(
+    primary: AsyncEngine, caplog: pytest.LogCaptureFixture
+) -> None:
+    """S2: between a claim and its events the primary may go away; the attempt is dispatched when it is back."""
+    secondary, manager = await one(primary, lease=1)
+    await write(manager, change("1"))
+    await execute(primary, "alter table outbox rename to taken_away")
+    async with running(manager.relay()):
+        await eventually(lambda: caplog.text.count("load failed") >= 5)
+        await execute(primary, "alter table taken_away rename to outbox")
+        await eventually(lambda: nothing_owed(primary))
+    assert (len(secondary.sent), await hold_of(primary, "1")) == (1, None)
+    assert await value(primary, "select count(*) from outbox_attempt") == 1
+
+
+async def test_what_was_never_loaded_is_handed_back_when_the_relay_stops(primary: AsyncEngine) -> None:
+    """L6: the claim is committed, its events are still to come, and the relay is told to stop."""
+    secondary, manager = await one(primary, shutdown_grace=0.5)
+    await write(manager, change("1"))
+    await execute(primary, "alter table outbox rename to taken_away")
+    relay = manager.relay()
+    async with running(relay):
+        await eventually(lambda: value(primary, "select count(*) from outbox_attempt"))
+        relay.stop()
+        await asyncio.sleep(1)
+        await execute(primary, "alter table taken_away rename to outbox")
+    assert secondary.sent == []
+    assert await rows(primary, "select released, lost from outbox_attempt") == [{"released": 1, "lost": 0}]
+
+
+@pytest.mark.parametrize("doing", ["select pg_sleep(30)", "select 1"])
+async def test_no_transaction_of_a_relay_outlives_a_lease(primary: AsyncEngine, doing: str) -> None:
+    """L3: a relay may be paused anywhere in its turn; working or idle, the session is cut off."""
+    connections = Primary(primary, SyncConfig(lease=timedelta(milliseconds=300)))
+    connection = await connections.reserved()
+    if doing != "select 1" and connection.get_server_version().major < 17:
+        pytest.skip("transaction_timeout came with PostgreSQL 17; before, statement_timeout bounds this")
+    started = asyncio.get_running_loop().time()
+
+    async def turn() -> None:
+        async with connection.transaction():
+            await connection.execute(doing)
+            await asyncio.sleep(1)
+            await connection.execute("select 1")
+
+    with pytest.raises(PRIMARY_FAILED):
+        await turn()
+    assert asyncio.get_running_loop().time() - started < 10
+    connection.terminate()

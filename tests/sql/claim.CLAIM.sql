@@ -44,12 +44,4 @@ with busy as materialized (
     from batch
     group by attempt_id
 )
-select batch.attempt_id, batch.lane,
-       event.tenant_id, event.resource_type, event.resource_id, event.operation,
-       cast(event.content as text) as content, event.version,
-       event.fhir_version, event.bulk_id, cast(event.headers as text) as headers, event.event_id,
-       greatest(least(event.created_at, timestamptz '9999-01-01'), timestamptz '0001-01-02') as created_at
-from batch
-left join lateral (
-    select * from "public".outbox as event where event.event_id = batch.event_id offset 0
-) as event on true
+select attempt_id, lane, count(*) as deliveries from batch group by attempt_id, lane

@@ -5,8 +5,12 @@ from unnest(
     cast($1 as text[]), cast($2 as text[]), cast($3 as text[]),
     cast($4 as text[]), cast($5 as text[])
 ) as given (backend_id, role, ordering, tenant_ids, resource_types)
+where not exists (
+    select from "public".outbox_secondary as known
+    where (known.backend_id, known.role, known.ordering) = (given.backend_id, given.role, given.ordering)
+      and known.tenant_ids is not distinct from cast(given.tenant_ids as text[])
+      and known.resource_types is not distinct from cast(given.resource_types as text[])
+)
 on conflict (backend_id) do update
 set role = excluded.role, ordering = excluded.ordering, tenant_ids = excluded.tenant_ids,
     resource_types = excluded.resource_types
-where (secondary.role, secondary.ordering, secondary.tenant_ids, secondary.resource_types)
-    is distinct from (excluded.role, excluded.ordering, excluded.tenant_ids, excluded.resource_types)

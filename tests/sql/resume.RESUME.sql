@@ -100,10 +100,9 @@ with busy as materialized (
 ), superseded as materialized (
     select coalesce(sum(cardinality(owed) - 1), 0) as deliveries from touched where not cast($8 as boolean)
 ), picked as materialized (
-    select unnest(going) as event_id, key_hash, null as lane, attempts, lost, first_failed_at
-    from divided
+    select unnest(going) as event_id, key_hash, null as lane from divided
     union all
-    select event_id, key_hash, lane, null, null, null
+    select event_id, key_hash, lane
     from fresh where event_id not in (select unnest(event_ids) from absorbed)
 ), gone as (
     delete from "public".outbox_delivery where ctid = any (array(select row_id from fresh))
@@ -118,14 +117,6 @@ with busy as materialized (
     having count(*) > 0 or (select deliveries from superseded) > 0
     returning attempt_id
 )
-select opened.attempt_id, picked.lane, picked.attempts, picked.lost,
-       statement_timestamp() - picked.first_failed_at as failing_for,
-       event.tenant_id, event.resource_type, event.resource_id, event.operation,
-       cast(event.content as text) as content, event.version,
-       event.fhir_version, event.bulk_id, cast(event.headers as text) as headers, event.event_id,
-       greatest(least(event.created_at, timestamptz '9999-01-01'), timestamptz '0001-01-02') as created_at
+select opened.attempt_id, picked.lane, count(*) as events
 from opened cross join picked
-left join lateral (
-    select * from "public".outbox as event where event.event_id = picked.event_id offset 0
-) as event on true
-order by event.event_id
+group by opened.attempt_id, picked.lane

@@ -1,0 +1,61 @@
+"""Load: fetch the events of an attempt that was just opened.
+
+Apart from the claim, so that the secondary's turn is over sooner and the next claim runs while contents travel.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+from uuid import UUID
+
+from outbox.attempt import Attempt
+from outbox.schema import Statement
+
+if TYPE_CHECKING:
+    import asyncpg
+
+__all__ = ["LOAD", "load"]
+
+# Asked only if something may be held: that a key was held is known to its hold until the attempt is settled.
+LOAD = Statement("""
+select hold.attempts, hold.lost, statement_timestamp() - hold.first_failed_at as failing_for,
+       event.tenant_id, event.resource_type, event.resource_id, event.operation,
+       cast(event.content as text) as content, event.version,
+       event.fhir_version, event.bulk_id, cast(event.headers as text) as headers, event.event_id,
+       greatest(least(event.created_at, timestamptz '9999-01-01'), timestamptz '0001-01-02') as created_at
+from {schema}.outbox_attempt as attempt
+cross join unnest(attempt.event_ids) as owed (event_id)
+left join lateral (
+    select * from {schema}.outbox as event where event.event_id = owed.event_id offset 0
+) as event on true
+left join lateral (
+    select hold.attempts, hold.lost, hold.first_failed_at
+    from {schema}.outbox_hold as hold
+    where cast(:held as boolean) and hold.backend_id = :backend_id
+      and hold.key_hash = hashtextextended(event.tenant_id || '/' || event.resource_type || '/' || event.resource_id, 0)
+      and hold.tenant_id = event.tenant_id
+      and hold.resource_type = event.resource_type and hold.resource_id = event.resource_id
+    offset 0
+) as hold on true
+where attempt.backend_id = :backend_id and attempt.attempt_id = :attempt_id
+  and attempt.relay_id = cast(:relay_id as uuid) and attempt.finished_at is null
+""")
+
+
+async def load(
+    connection: asyncpg.Connection[Any],
+    schema: str,
+    *,
+    backend_id: str,
+    relay_id: UUID,
+    attempt_id: int,
+    log_order: bool,
+    held: bool,
+) -> Attempt | None:
+    """Return the attempt with its events; None when it is no longer this relay's.
+
+    `held` asks for what holds remember of its keys: it may be False only for an attempt that no hold was taken into.
+    """
+    parameters = {"backend_id": backend_id, "relay_id": relay_id, "attempt_id": attempt_id, "held": held}
+    rows = await connection.fetch(*LOAD.arguments(schema, parameters))
+    return Attempt.of_rows(attempt_id, backend_id, log_order=log_order, rows=rows) if rows else None
