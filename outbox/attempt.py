@@ -40,11 +40,15 @@ Result = Applied | Stale | Retry | Rejected | Superseded | Released | Lost
 
 
 class Held(msgspec.Struct, frozen=True):
-    """What its hold remembers of a key: failures of the event at its head, losses among them, time since the first."""
+    """What its hold remembers of a key.
+
+    Failures of the event at its head, losses among them, the time since the first, and the lowest position not done.
+    """
 
     attempts: int
     lost: int
     failing_for: timedelta | None
+    oldest_id: int | None
 
 
 class Attempt(msgspec.Struct, frozen=True):
@@ -62,12 +66,12 @@ class Attempt(msgspec.Struct, frozen=True):
 
     @classmethod
     def of_rows(cls, attempt_id: int, backend_id: str, *, log_order: bool, rows: Sequence[Sequence[Any]]) -> Self:
-        """Build from rows of a hold's attempts, losses and time failing (null for no hold), and an event's columns."""
+        """Build from rows of what a hold remembers (null for no hold) and an event's columns."""
         # An event that somebody deleted by hand leaves nothing to deliver, but its attempt must be closed.
         events = [_event(row) for row in rows if row[_POSITION] is not None]
         # Sorted here, because sorting wide rows in the database costs more.
         events.sort(key=attrgetter("position"))
-        held = {tuple(row[3:6]): Held(*row[:3]) for row in rows if row[0] is not None}
+        held = {tuple(row[4:7]): Held(*row[:4]) for row in rows if row[0] is not None}
         return cls(attempt_id, backend_id, log_order, events, held)
 
     def alike(self, result: Result) -> list[Result]:
@@ -79,7 +83,7 @@ class Attempt(msgspec.Struct, frozen=True):
 
 
 def _event(row: Sequence[Any]) -> SyncEvent:
-    _, _, _, tenant, kind, name, operation, content, version, fhir_version, bulk_id, headers, position, at = row
+    _, _, _, _, tenant, kind, name, operation, content, version, fhir_version, bulk_id, headers, position, at = row
     # A word of a newer version stays as it is: dispatch refuses it, so that it is failing and visible.
     known = _OPERATIONS.get(operation, operation)
     return SyncEvent(tenant, kind, name, known, content, version, fhir_version, bulk_id, headers, position, at)

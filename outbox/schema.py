@@ -140,6 +140,8 @@ def _hold(tables: MetaData) -> Table:
         Column("resource_id", _KEY_TEXT, primary_key=True),
         # What the hold owes, in order; empty while an attempt has it in hand.
         Column("event_ids", ARRAY(BigInteger), nullable=False),
+        # The lowest position the hold stands for: of its key nothing from there on is done, superseded or not.
+        Column("oldest_id", BigInteger, nullable=False),
         Column("owed_since", _INSTANT, nullable=False),
         Column("state", Text, nullable=False),
         Column("attempts", Integer, nullable=False, server_default="0"),

@@ -65,27 +65,30 @@ with closed as (
     delete from {schema}.outbox_hold where ctid = any (array(select row_id from done where owes_nothing))
 ), eased as (
     update {schema}.outbox_hold
-    set state = 'released', attempts = 0, lost = 0, alone = false, next_attempt_at = statement_timestamp()
+    set state = 'released', attempts = 0, lost = 0, alone = false, next_attempt_at = statement_timestamp(),
+        oldest_id = event_ids[1]
     where ctid = any (array(select row_id from done where not owes_nothing))
 ), held as (
     insert into {schema}.outbox_hold as hold
-        (backend_id, tenant_id, resource_type, resource_id, key_hash, event_ids, owed_since, state, attempts, lost,
-         alone, first_failed_at, last_failed_at, next_attempt_at, error_code, error)
+        (backend_id, tenant_id, resource_type, resource_id, key_hash, event_ids, oldest_id, owed_since, state, attempts,
+         lost, alone, first_failed_at, last_failed_at, next_attempt_at, error_code, error)
     select :backend_id, kept.tenant_id, kept.resource_type, kept.resource_id,
            hashtextextended(kept.tenant_id || '/' || kept.resource_type || '/' || kept.resource_id, 0),
-           cast(kept.event_ids as bigint[]), kept.owed_since, kept.state, kept.attempts, kept.lost, kept.alone,
+           cast(kept.event_ids as bigint[]), kept.oldest_id, kept.owed_since, kept.state, kept.attempts, kept.lost,
+           kept.alone,
            case when kept.attempts > 0 then statement_timestamp() end,
            case when kept.state <> 'released' then statement_timestamp() end,
            statement_timestamp() + make_interval(secs => kept.delay), kept.error_code, kept.error
     from closed cross join unnest(
         cast(:tenant_ids as text[]), cast(:resource_types as text[]), cast(:resource_ids as text[]),
-        cast(:event_ids as text[]), cast(:owed_since as timestamptz[]), cast(:states as text[]),
+        cast(:event_ids as text[]), cast(:oldest_ids as bigint[]), cast(:owed_since as timestamptz[]),
+        cast(:states as text[]),
         cast(:attempts as integer[]), cast(:losts as integer[]), cast(:alone as boolean[]),
         cast(:delays as double precision[]), cast(:error_codes as text[]), cast(:errors as text[])
-    ) as kept (tenant_id, resource_type, resource_id, event_ids, owed_since, state, attempts, lost, alone, delay,
-               error_code, error)
+    ) as kept (tenant_id, resource_type, resource_id, event_ids, oldest_id, owed_since, state, attempts, lost, alone,
+               delay, error_code, error)
     on conflict (backend_id, key_hash, tenant_id, resource_type, resource_id) do update
-    set event_ids = excluded.event_ids || hold.event_ids,
+    set event_ids = excluded.event_ids || hold.event_ids, oldest_id = excluded.oldest_id,
         owed_since = excluded.owed_since, state = excluded.state, attempts = excluded.attempts, lost = excluded.lost,
         alone = excluded.alone, next_attempt_at = excluded.next_attempt_at,
         first_failed_at = case when excluded.attempts > 1 then hold.first_failed_at else excluded.first_failed_at end,
@@ -101,7 +104,7 @@ _UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\u061c\u200b-\u200f\u2028-\u202e\u
 _ALONE_AFTER_LOST = 2
 
 _Key = tuple[str, str, str]
-_FRESH = Held(0, 0, None)
+_FRESH = Held(0, 0, None, None)
 _OWED = (Retry, Rejected, Released, Lost)
 
 
@@ -110,6 +113,7 @@ class Kept(msgspec.Struct, frozen=True):
 
     key: _Key
     event_ids: list[int]
+    oldest_id: int
     owed_since: datetime
     state: str
     attempts: int
@@ -166,13 +170,17 @@ def keep(
     if not owed:
         return None
     head = owed[0]
-    if head > 0 and not all(isinstance(result, Superseded) for result in results[:head]):
+    # What was superseded is not done before the newer event is.
+    first = 0 if all(isinstance(result, Superseded) for result in results[:head]) else head
+    if first > 0:
         # Attempts belong to the event at the head; one that got there just now starts afresh.
         held = _FRESH
     positions = [events[index].position or 0 for index in owed]
+    oldest = held.oldest_id or events[first].position or 0
     since = events[head].created_at
     assert since is not None, "a recorded event has its time"
-    kept = Kept(key, positions, since, "released", held.attempts, held.lost, held.lost >= _ALONE_AFTER_LOST, 0.0)
+    alone = held.lost >= _ALONE_AFTER_LOST
+    kept = Kept(key, positions, oldest, since, "released", held.attempts, held.lost, alone, 0.0)
     result = results[head]
     return _failed(kept, held, result, policy) if isinstance(result, (Retry, Rejected, Lost)) else kept
 
@@ -241,6 +249,7 @@ def _kept_parameters(kept: list[Kept]) -> dict[str, Any]:
         "resource_ids": [each.key[2] for each in kept],
         # Arrays of unequal length cannot be unnested side by side; their literals can.
         "event_ids": ["{" + ",".join(map(str, each.event_ids)) + "}" for each in kept],
+        "oldest_ids": [each.oldest_id for each in kept],
         "owed_since": [each.owed_since for each in kept],
         "states": [each.state for each in kept],
         "attempts": [each.attempts for each in kept],

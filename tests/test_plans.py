@@ -69,11 +69,11 @@ with event as (
     select 'tenant-' || n % 100, 'Held', gen_random_uuid(), 'delete' from generate_series(1, $1) as n
     returning *
 )
-insert into outbox_hold (backend_id, tenant_id, resource_type, resource_id, key_hash, event_ids, owed_since, state,
-    attempts, next_attempt_at)
+insert into outbox_hold (backend_id, tenant_id, resource_type, resource_id, key_hash, event_ids, oldest_id, owed_since,
+    state, attempts, next_attempt_at)
 select 'search', tenant_id, resource_type, resource_id,
        hashtextextended(tenant_id || '/' || resource_type || '/' || resource_id, 0),
-       array[event_id], created_at, 'retrying', 1, now()
+       array[event_id], event_id, created_at, 'retrying', 1, now()
 from event
 """
 HISTORY = """

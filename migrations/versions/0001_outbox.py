@@ -186,6 +186,7 @@ def _create_hold(schema: str) -> None:
         sa.Column("resource_type", KEY, primary_key=True),
         sa.Column("resource_id", KEY, primary_key=True),
         sa.Column("event_ids", sa.ARRAY(sa.BigInteger), nullable=False),
+        sa.Column("oldest_id", sa.BigInteger, nullable=False),
         sa.Column("owed_since", INSTANT, nullable=False),
         sa.Column("state", sa.Text, nullable=False),
         sa.Column("attempts", sa.Integer, nullable=False, server_default="0"),

@@ -135,8 +135,8 @@ async def test_what_lies_behind_a_dead_key_is_not_reported_as_drift_but_as_in_fl
         await connection.execute(
             text(
                 "insert into outbox_hold (backend_id, tenant_id, resource_type, resource_id, key_hash, event_ids,"
-                " owed_since, state) values ('mirror', 'north', 'Patient', '9',"
-                " hashtextextended('north/Patient/9', 0), '{1}', now(), 'dead')"
+                " oldest_id, owed_since, state) values ('mirror', 'north', 'Patient', '9',"
+                " hashtextextended('north/Patient/9', 0), '{1}', 1, now(), 'dead')"
             )
         )
     world.lose(9)

@@ -1,6 +1,6 @@
 select attempt.attempt_id,
        hold.attempts, hold.lost,
-       statement_timestamp() - hold.first_failed_at as failing_for,
+       statement_timestamp() - hold.first_failed_at as failing_for, hold.oldest_id,
        event.tenant_id, event.resource_type, event.resource_id, event.operation, null as content, event.version,
        event.fhir_version, event.bulk_id, cast(event.headers as text) as headers, event.event_id,
        greatest(least(event.created_at, timestamptz '9999-01-01'), timestamptz '0001-01-02') as created_at
@@ -10,7 +10,7 @@ left join lateral (
     select * from "public".outbox as event where event.event_id = owed.event_id offset 0
 ) as event on true
 left join lateral (
-    select hold.attempts, hold.lost, hold.first_failed_at
+    select hold.attempts, hold.lost, hold.first_failed_at, hold.oldest_id
     from "public".outbox_hold as hold
     where hold.backend_id = $1
       and hold.key_hash = hashtextextended(event.tenant_id || '/' || event.resource_type || '/' || event.resource_id, 0)

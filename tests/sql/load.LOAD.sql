@@ -1,4 +1,4 @@
-select hold.attempts, hold.lost, statement_timestamp() - hold.first_failed_at as failing_for,
+select hold.attempts, hold.lost, statement_timestamp() - hold.first_failed_at as failing_for, hold.oldest_id,
        event.tenant_id, event.resource_type, event.resource_id, event.operation,
        cast(event.content as text) as content, event.version,
        event.fhir_version, event.bulk_id, cast(event.headers as text) as headers, event.event_id,
@@ -9,7 +9,7 @@ left join lateral (
     select * from "public".outbox as event where event.event_id = owed.event_id offset 0
 ) as event on true
 left join lateral (
-    select hold.attempts, hold.lost, hold.first_failed_at
+    select hold.attempts, hold.lost, hold.first_failed_at, hold.oldest_id
     from "public".outbox_hold as hold
     where cast($1 as boolean) and hold.backend_id = $2
       and hold.key_hash = hashtextextended(event.tenant_id || '/' || event.resource_type || '/' || event.resource_id, 0)

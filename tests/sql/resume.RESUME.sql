@@ -43,6 +43,7 @@ with busy as materialized (
     group by fresh.key_hash, hold.tenant_id, hold.resource_type, hold.resource_id
 ), touched as materialized (
     select hold.tenant_id, hold.resource_type, hold.resource_id, hold.key_hash, hold.next_attempt_at, hold.owed_since,
+           hold.oldest_id,
            hold.event_ids || coalesce(found.event_ids, '{}') as owed,
            found.is_due or (hold.state = 'dead' and renewed.is_new and not hold.alone) as taken,
            hold.state = 'dead' and renewed.is_new as revived,
@@ -86,9 +87,9 @@ with busy as materialized (
     from touched cross join share
 ), kept as (
     insert into "public".outbox_hold as hold
-        (backend_id, tenant_id, resource_type, resource_id, key_hash, event_ids, owed_since, state, attempts, lost,
-         first_failed_at, next_attempt_at)
-    select $1, tenant_id, resource_type, resource_id, key_hash, staying,
+        (backend_id, tenant_id, resource_type, resource_id, key_hash, event_ids, oldest_id, owed_since, state, attempts,
+         lost, first_failed_at, next_attempt_at)
+    select $1, tenant_id, resource_type, resource_id, key_hash, staying, oldest_id,
            coalesce((select created_at from "public".outbox where event_id = staying[1]), owed_since),
            state, attempts, lost, first_failed_at,
            case when revived and not taken then statement_timestamp() when not taken then next_attempt_at end

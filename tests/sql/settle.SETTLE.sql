@@ -25,27 +25,30 @@ with closed as (
     delete from "public".outbox_hold where ctid = any (array(select row_id from done where owes_nothing))
 ), eased as (
     update "public".outbox_hold
-    set state = 'released', attempts = 0, lost = 0, alone = false, next_attempt_at = statement_timestamp()
+    set state = 'released', attempts = 0, lost = 0, alone = false, next_attempt_at = statement_timestamp(),
+        oldest_id = event_ids[1]
     where ctid = any (array(select row_id from done where not owes_nothing))
 ), held as (
     insert into "public".outbox_hold as hold
-        (backend_id, tenant_id, resource_type, resource_id, key_hash, event_ids, owed_since, state, attempts, lost,
-         alone, first_failed_at, last_failed_at, next_attempt_at, error_code, error)
+        (backend_id, tenant_id, resource_type, resource_id, key_hash, event_ids, oldest_id, owed_since, state, attempts,
+         lost, alone, first_failed_at, last_failed_at, next_attempt_at, error_code, error)
     select $9, kept.tenant_id, kept.resource_type, kept.resource_id,
            hashtextextended(kept.tenant_id || '/' || kept.resource_type || '/' || kept.resource_id, 0),
-           cast(kept.event_ids as bigint[]), kept.owed_since, kept.state, kept.attempts, kept.lost, kept.alone,
+           cast(kept.event_ids as bigint[]), kept.oldest_id, kept.owed_since, kept.state, kept.attempts, kept.lost,
+           kept.alone,
            case when kept.attempts > 0 then statement_timestamp() end,
            case when kept.state <> 'released' then statement_timestamp() end,
            statement_timestamp() + make_interval(secs => kept.delay), kept.error_code, kept.error
     from closed cross join unnest(
         cast($16 as text[]), cast($17 as text[]), cast($18 as text[]),
-        cast($19 as text[]), cast($20 as timestamptz[]), cast($21 as text[]),
-        cast($22 as integer[]), cast($23 as integer[]), cast($24 as boolean[]),
-        cast($25 as double precision[]), cast($26 as text[]), cast($27 as text[])
-    ) as kept (tenant_id, resource_type, resource_id, event_ids, owed_since, state, attempts, lost, alone, delay,
-               error_code, error)
+        cast($19 as text[]), cast($20 as bigint[]), cast($21 as timestamptz[]),
+        cast($22 as text[]),
+        cast($23 as integer[]), cast($24 as integer[]), cast($25 as boolean[]),
+        cast($26 as double precision[]), cast($27 as text[]), cast($28 as text[])
+    ) as kept (tenant_id, resource_type, resource_id, event_ids, oldest_id, owed_since, state, attempts, lost, alone,
+               delay, error_code, error)
     on conflict (backend_id, key_hash, tenant_id, resource_type, resource_id) do update
-    set event_ids = excluded.event_ids || hold.event_ids,
+    set event_ids = excluded.event_ids || hold.event_ids, oldest_id = excluded.oldest_id,
         owed_since = excluded.owed_since, state = excluded.state, attempts = excluded.attempts, lost = excluded.lost,
         alone = excluded.alone, next_attempt_at = excluded.next_attempt_at,
         first_failed_at = case when excluded.attempts > 1 then hold.first_failed_at else excluded.first_failed_at end,
