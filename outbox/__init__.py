@@ -1,18 +1,25 @@
 """A transactional outbox on PostgreSQL that keeps secondary backends equal to the primary, and proves it."""
 
+from outbox.answer import SyncResult, SyncState, SyncStatus
 from outbox.errors import (
     InvalidEvent,
+    InvalidToken,
     NoSecondary,
     NotInTransaction,
     OutboxError,
+    ResourceBusy,
+    ResourceRefused,
     SchemaMissing,
     SecondaryError,
     SettingsError,
+    StorageError,
     Unavailable,
     UnknownSecondary,
     UntrackedWrite,
 )
 from outbox.event import FhirVersion, Operation, StoredResource, SyncEvent
+from outbox.headers import headers
+from outbox.health import Health, HealthPart
 from outbox.manager import SyncManager
 from outbox.reconcile import Drift, ReconciliationResult, SyncReconciler
 from outbox.record import record
@@ -21,9 +28,11 @@ from outbox.relay import Relay
 from outbox.retry import RetryPolicy
 from outbox.secondaries.base import Applied, Outcome, Rejected, ResourceDigest, Retry, Secondary, Stale
 from outbox.secondaries.memory import MemorySecondary
+from outbox.secondaries.storage import ResourceStorage, ResourceStorageSecondary
 from outbox.session import OutboxSession, SyncOutboxSession
-from outbox.settings import SyncConfig
+from outbox.settings import SyncConfig, SyncMode
 from outbox.status import BackendSyncStatus, Failure
+from outbox.token import SyncToken
 
 __all__ = [
     "Applied",
@@ -31,7 +40,10 @@ __all__ = [
     "Drift",
     "Failure",
     "FhirVersion",
+    "Health",
+    "HealthPart",
     "InvalidEvent",
+    "InvalidToken",
     "MemorySecondary",
     "NoSecondary",
     "NotInTransaction",
@@ -43,7 +55,11 @@ __all__ = [
     "Registration",
     "Rejected",
     "Relay",
+    "ResourceBusy",
     "ResourceDigest",
+    "ResourceRefused",
+    "ResourceStorage",
+    "ResourceStorageSecondary",
     "Retry",
     "RetryPolicy",
     "SchemaMissing",
@@ -51,14 +67,21 @@ __all__ = [
     "SecondaryError",
     "SettingsError",
     "Stale",
+    "StorageError",
     "StoredResource",
     "SyncConfig",
     "SyncEvent",
     "SyncManager",
+    "SyncMode",
     "SyncOutboxSession",
     "SyncReconciler",
+    "SyncResult",
+    "SyncState",
+    "SyncStatus",
+    "SyncToken",
     "Unavailable",
     "UnknownSecondary",
     "UntrackedWrite",
+    "headers",
     "record",
 ]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
+from collections.abc import Sequence
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 from uuid import UUID
@@ -21,8 +22,9 @@ from outbox.prune import fold
 from outbox.register import Registration
 from outbox.resume import resume
 from outbox.retry import RetryPolicy
+from outbox.seize import seize
 from outbox.settings import SyncConfig
-from outbox.turn import Turn, take_turn
+from outbox.turn import Turn, say_looked, take_turn
 
 if TYPE_CHECKING:
     import asyncpg
@@ -54,7 +56,7 @@ class Carrier:
         self._stopping = False
         self._alone = False
         self._alone_out = False
-        self._resume_at = self._raise_floors_at = 0.0
+        self._resume_at = self._raise_floors_at = self._say_looked_at = 0.0
         self._look_everywhere_at = time.monotonic() + _LOOK_EVERYWHERE_EVERY
 
     async def run(self) -> None:
@@ -67,7 +69,7 @@ class Carrier:
                 attempts = await self._claim(room) if (room := await self._worthwhile_room()) else []
             except PRIMARY_FAILED as error:
                 _log.warning("%s: claim failed (%s)", self.backend_id, code_of(error))
-                failures += 1
+                failures, self._say_looked_at = failures + 1, 0.0
                 await self._primary.recover(failures)
                 continue
             failures = 0
@@ -84,6 +86,17 @@ class Carrier:
         """Carry one batch; return how many deliveries it held, 0 when nothing was due."""
         while (attempts := await self._claim(1)) is None:
             await self._rung(_SHORTEST_SLEEP)
+        return sum([await self.hands.take(attempt) for attempt in attempts])
+
+    async def seize(self, positions: Sequence[int], until: float) -> int:
+        """Carry these events now, for a caller who waits for them; return how many were in hand, 0 if none could be.
+
+        Waits for its turn until the loop's clock says `until`.
+        """
+        while (attempts := await self._seize(positions)) is None:
+            if time.monotonic() >= until:
+                return 0
+            await asyncio.sleep(_SHORTEST_SLEEP)
         return sum([await self.hands.take(attempt) for attempt in attempts])
 
     def ring(self) -> None:
@@ -111,6 +124,7 @@ class Carrier:
             turn = await take_turn(connection, schema, backend_id)
             if turn is None:
                 return None
+            await self._say_looked(connection)
             if turn.status in ("paused", "removed"):
                 return []
             lost = await self._lost(connection, turn) if turn.lost_attempts else []
@@ -122,6 +136,38 @@ class Carrier:
             await self.hands.settle(attempt, Dispatched(attempt.alike(Lost())), expired=True)
         self.ring()
         return None
+
+    async def _say_looked(self, connection: asyncpg.Connection[Any]) -> None:
+        """In the claim's own transaction: a loop that stands still or fails says nothing, whatever else goes on."""
+        if (now := time.monotonic()) >= self._say_looked_at:
+            silence, every = self._config.unhealthy_after_silence, self._config.prune_interval
+            every = min(every, silence / 3) if silence else every
+            await say_looked(connection, self._config.database_schema, self.backend_id, every)
+            self._say_looked_at = now + every.total_seconds()
+
+    async def _seize(self, positions: Sequence[int]) -> list[Opened] | None:
+        """Open an attempt of these events; an empty list says that there is nothing to take, None that it is not our turn."""
+        schema, backend_id = self._config.database_schema, self.backend_id
+        async with self._primary.connection() as connection, connection.transaction():
+            turn = await take_turn(connection, schema, backend_id)
+            if turn is None:
+                return None
+            self._mind_strain(turn)
+            if turn.status in ("paused", "removed") or self.hands.strained:
+                # Whether the secondary is there again is for a relay to find out, one probe at a time.
+                return []
+            attempt_id = await seize(
+                connection,
+                schema,
+                backend_id=backend_id,
+                relay_id=self._relay_id,
+                turn=turn,
+                event_ids=positions,
+                batch_size=self._config.batch_size,
+                floors=self._lanes.floors,
+                lease=self._config.lease,
+            )
+        return [] if attempt_id is None else [Opened(attempt_id, turn.log_order, held=False)]
 
     async def _raise_floors(self) -> None:
         """Keep the scans of a busy relay short: what it has delivered is soon more than what it claims."""
@@ -138,7 +184,7 @@ class Carrier:
 
     async def _claim_in_turn(self, connection: asyncpg.Connection[Any], turn: Turn, slots: int) -> list[Opened]:
         room = allowance(turn, self._config.batch_size)
-        self.hands.strained = turn.breaker != "closed" or turn.breaker_failures > 0 or turn.breaker_ramp is not None
+        self._mind_strain(turn)
         if room == 0 or (self.hands.strained and self.hands.attempt_ids):
             return []
         parameters: dict[str, Any] = {
@@ -167,6 +213,9 @@ class Carrier:
         if attempts and turn.breaker != "closed":
             await probe(connection, self._config.database_schema, self.backend_id, self._config.lease)
         return attempts
+
+    def _mind_strain(self, turn: Turn) -> None:
+        self.hands.strained = turn.breaker != "closed" or turn.breaker_failures > 0 or turn.breaker_ramp is not None
 
     async def _worthwhile_room(self) -> int:
         """Wait a moment for half of the slots to be free: claims share their fixed cost among the slots they fill."""

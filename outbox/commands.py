@@ -13,12 +13,14 @@ from msgspec.structs import asdict
 
 from outbox import errands
 from outbox.errors import SettingsError
+from outbox.health import reasons_in
 from outbox.interrupt import until_signal
 from outbox.migrate import migration_sql
 from outbox.reach import manager_of, place_of, tables_of
 from outbox.reconcile import ReconciliationResult
-from outbox.render import console, drift_table, drift_text, failure_table, json_text, lag_text, status_table
+from outbox.render import console, drift_table, drift_text, failure_table, json_text, status_table
 from outbox.settings import SyncConfig
+from outbox.status import lag_text
 
 __all__ = ["app", "demo", "list_failures", "migrate_tables", "reconcile", "relay", "status"]
 
@@ -88,25 +90,37 @@ def status(
     schema: _Schema = None,
     *,
     max_lag: Annotated[
-        float, typer.Option("--max-lag", min=0, metavar="SECONDS", help="The oldest that an owed delivery may be.")
-    ] = 60.0,
+        float | None,
+        typer.Option(
+            "--max-lag",
+            min=0,
+            metavar="SECONDS",
+            help="The oldest that an owed delivery may be.  [default: unhealthy_lag of the settings]",
+        ),
+    ] = None,
     json: _Json = False,
 ) -> None:
-    """Show how far behind each secondary is.
+    """Show how far behind each secondary is, and what is wrong with it.
 
-    Exit status 1 when a live one lags too much, or one has dead keys or a breaker that is not closed.
+    Exit status 0 when all are healthy, 1 with reasons when one is not or none is there, 2 when it could not be asked.
     """
-    found = asyncio.run(errands.look_at_status(tables_of(app, config, dsn, schema)))
-    problems = {each.backend_id: errands.problems_of(each, timedelta(seconds=max_lag)) for each in found}
-    behind = any(problems.values())
+    tables = tables_of(app, config, dsn, schema)
+    if max_lag is not None:
+        limits = tables.config.model_copy(update={"unhealthy_lag": timedelta(seconds=max_lag)})
+        tables = tables._replace(config=limits)
+    found = asyncio.run(errands.look_at_status(tables))
+    reasons = reasons_in(found, tables.expected)
     if json:
-        secondaries = [{**asdict(each), "problems": problems[each.backend_id]} for each in found]
-        typer.echo(json_text({"ok": not behind, "max_lag": max_lag, "secondaries": secondaries}))
+        secondaries = [{**asdict(each), "healthy": each.healthy} for each in found]
+        limit = tables.config.unhealthy_lag
+        typer.echo(json_text({"ok": not reasons, "max_lag": limit, "reasons": reasons, "secondaries": secondaries}))
     elif found:
-        console().print(status_table(found, problems))
+        console().print(status_table(found))
+        for reason in reasons:
+            typer.echo(reason)
     else:
         typer.echo("No secondary is registered yet; a relay registers those of its manager.")
-    _exit(int(behind))
+    _exit(int(bool(reasons)))
 
 
 @app.command(name="failures")

@@ -21,7 +21,8 @@ from outbox.demo_stage import CACHE, REPORTING, SEARCH, DemoFailed, Stage, Statu
 from outbox.interrupt import until_signal
 from outbox.migrate import migrate
 from outbox.reconcile import ReconciliationResult
-from outbox.render import drift_text, lag_text
+from outbox.render import drift_text
+from outbox.status import lag_text
 from outbox.testing.fhir import FhirResource
 
 __all__ = ["run_demo"]

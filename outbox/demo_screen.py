@@ -18,8 +18,7 @@ from rich.table import Table
 from rich.text import Text
 
 from outbox.reconcile import ReconciliationResult
-from outbox.render import lag_text
-from outbox.status import BackendSyncStatus
+from outbox.status import BackendSyncStatus, lag_text
 
 __all__ = ["Act", "Screen", "open_screen"]
 

@@ -13,6 +13,7 @@ from outbox.attempt import Attempt, Released, Result, Superseded
 from outbox.errors import Unavailable
 from outbox.event import Operation, SyncEvent
 from outbox.secondaries.base import Applied, Checkable, Outcome, Rejected, Retry, Secondary, Stale
+from outbox.tracing import traced
 
 __all__ = ["Dispatched", "dispatch"]
 
@@ -34,6 +35,7 @@ class Dispatched(msgspec.Struct, frozen=True):
     unavailable: Unavailable | None = None
 
 
+@traced
 async def dispatch(secondary: Secondary, attempt: Attempt, deadline: timedelta) -> Dispatched:
     """Give every event of the attempt a result, within `deadline`; only cancellation is ever raised.
 

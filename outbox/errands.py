@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from datetime import timedelta
 
 from alembic.runtime.migration import MigrationContext
 from sqlalchemy import Connection
@@ -18,7 +17,7 @@ from outbox.reconcile import ReconciliationResult
 from outbox.relay import Relay
 from outbox.status import BackendSyncStatus, Failure, failures, statuses
 
-__all__ = ["carry", "drain", "look_at_failures", "look_at_status", "migrate_tables", "problems_of", "reconcile"]
+__all__ = ["carry", "drain", "look_at_failures", "look_at_status", "migrate_tables", "reconcile"]
 
 _log = logging.getLogger("outbox.cli")
 
@@ -54,27 +53,14 @@ async def look_at_status(tables: Tables) -> list[BackendSyncStatus]:
     """Return every registered secondary. Raises `SchemaMissing`."""
     async with reached(tables.engine):
         await check_schema(tables.engine, tables.schema)
-        return await statuses(tables.engine, tables.schema)
-
-
-def problems_of(status: BackendSyncStatus, objective: timedelta) -> list[str]:
-    """Return what keeps a secondary from its objective: `lag`, `dead`, `breaker`, or nothing.
-
-    Only a live one can be late: who is paused is meant to lag.
-    """
-    if status.status == "removed":
-        return []
-    late = status.status == "live" and status.lag > objective
-    # A breaker that probes was open a moment ago; an alarm must not go off and on with every probe.
-    found = {"lag": late, "dead": status.dead > 0, "breaker": status.breaker != "closed"}
-    return [problem for problem, there in found.items() if there]
+        return await statuses(tables.engine, tables.config)
 
 
 async def look_at_failures(tables: Tables, backend: str | None, most: int) -> list[Failure]:
     """Return up to `most` failures. Raises `SchemaMissing`, and `UnknownSecondary` for a name nobody registered."""
     async with reached(tables.engine):
         await check_schema(tables.engine, tables.schema)
-        known = [each.backend_id for each in await statuses(tables.engine, tables.schema)]
+        known = [each.backend_id for each in await statuses(tables.engine, tables.config)]
         if backend not in (None, *known):
             raise UnknownSecondary(str(backend), f"the registry has {', '.join(known) or 'none'}")
         return await failures(tables.engine, tables.schema, backend, most)

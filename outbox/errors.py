@@ -7,7 +7,11 @@ OutboxError
 ├── UntrackedWrite        a write to a tracked class would have left no event
 ├── UnknownSecondary      a name that the registry, or this process, does not have
 ├── NoSecondary           an event was recorded before any secondary was registered
+├── InvalidToken          a text is not a token of ours
 ├── SchemaMissing         the outbox tables are absent, or older than this code
+├── StorageError          what a resource store raises about one resource
+│   ├── ResourceBusy      it may be taken later
+│   └── ResourceRefused   it never will be
 └── SecondaryError
     └── Unavailable       the secondary, not the event, is what failed
 
@@ -21,12 +25,16 @@ from datetime import timedelta
 
 __all__ = [
     "InvalidEvent",
+    "InvalidToken",
     "NoSecondary",
     "NotInTransaction",
     "OutboxError",
+    "ResourceBusy",
+    "ResourceRefused",
     "SchemaMissing",
     "SecondaryError",
     "SettingsError",
+    "StorageError",
     "Unavailable",
     "UnknownSecondary",
     "UntrackedWrite",
@@ -78,8 +86,36 @@ class NoSecondary(OutboxError):
     """An event was recorded while the registry of secondaries was empty: nobody would ever get it."""
 
 
+class InvalidToken(OutboxError):
+    """A text was given as a token that is none, or is damaged, or is of a later version."""
+
+    def __init__(self) -> None:
+        super().__init__("token: this is not a token that record() or a session gave; pass it on unchanged")
+
+
 class SchemaMissing(OutboxError):
     """The outbox tables are not there or not new enough; `outbox migrate` brings them."""
+
+
+class StorageError(OutboxError):
+    """Base of what a `ResourceStorage` raises about one resource; `code` and `problem` never hold content."""
+
+    def __init__(self, code: str, problem: str) -> None:
+        super().__init__(f"{code}: {problem}")
+        self.code = code
+        self.problem = problem
+
+
+class ResourceBusy(StorageError):
+    """A store could not take one resource now: a deadlock, a lock, a conflict. `retry_after` is a wait it asked for."""
+
+    def __init__(self, code: str, problem: str, *, retry_after: timedelta | None = None) -> None:
+        super().__init__(code, problem)
+        self.retry_after = retry_after
+
+
+class ResourceRefused(StorageError):
+    """A store will never take one resource as it is: it is invalid, or more than the store can hold."""
 
 
 class SecondaryError(OutboxError):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Iterable, Mapping
 from datetime import datetime
 from enum import StrEnum
@@ -14,14 +13,11 @@ import msgspec
 
 from outbox.content import DEFAULT_LIMITS, Limits, encode_content
 from outbox.errors import InvalidEvent
+from outbox.names import check_name, check_tenant, checked_version, encode_headers, header_in
 
 __all__ = ["FhirVersion", "Operation", "StoredResource", "SyncEvent"]
 
 _Content = dict[str, Any] | str | bytes
-
-_TENANT = re.compile(r"[A-Za-z0-9_.-]+(/[A-Za-z0-9_.-]+)*")
-# Control characters break URLs, headers and terminals; everything else is kept byte for byte.
-_CONTROL = re.compile("[\x00-\x1f\x7f-\x9f]")
 
 
 class Operation(StrEnum):
@@ -42,7 +38,11 @@ class FhirVersion(StrEnum):
 
 
 class StoredResource(msgspec.Struct, frozen=True, kw_only=True):
-    """A resource as a store holds it; `deleted_at` set means a tombstone, whose content is ignored."""
+    """A resource as a store holds it: the shape that a `ResourceStorage` answers in, and that `SyncEvent.bulk` takes.
+
+    `deleted_at` set means a tombstone, whose content is ignored. `position` is that of the event a secondary's store
+    holds, None for what was written before it was a secondary; a new event never takes it over.
+    """
 
     resource_type: str
     resource_id: str
@@ -51,6 +51,7 @@ class StoredResource(msgspec.Struct, frozen=True, kw_only=True):
     version: str | int | None = None
     fhir_version: str | None = None
     deleted_at: datetime | None = None
+    position: int | None = None
 
 
 class SyncEvent(msgspec.Struct, frozen=True, gc=False):
@@ -154,6 +155,13 @@ class SyncEvent(msgspec.Struct, frozen=True, gc=False):
         """Return the content parsed into Python values, None for a delete. Costs a parse on every call."""
         return None if self.content is None else json.loads(self.content)
 
+    def header(self, name: str) -> str | None:
+        """Return one header, None without it: `correlation-id`, `actor` and `traceparent` are ours, others yours (D67).
+
+        `headers` is all of them as JSON text. Costs a parse on every call.
+        """
+        return None if self.headers is None else header_in(self.headers, name)
+
     @classmethod
     def _of_bulk(
         cls,
@@ -196,9 +204,9 @@ class SyncEvent(msgspec.Struct, frozen=True, gc=False):
         headers: Mapping[str, str] | None,
         limits: Limits,
     ) -> Self:
-        _check_name("resource_id", resource_id, limits.id_bytes)
-        _check_name("resource_type", resource_type, 128)
-        _check_tenant(tenant_id)
+        check_name("resource_id", resource_id, limits.id_bytes)
+        check_name("resource_type", resource_type, 128)
+        check_tenant(tenant_id)
         if operation is not Operation.DELETE and content is None:
             raise InvalidEvent("content", f"is missing; only a delete has none, this is a {operation}")
         return cls(
@@ -207,53 +215,8 @@ class SyncEvent(msgspec.Struct, frozen=True, gc=False):
             resource_id,
             operation,
             None if content is None else encode_content(content, limits),
-            _checked_version(version),
-            None if fhir_version is None else _check_name("fhir_version", fhir_version, 16),
+            checked_version(version),
+            None if fhir_version is None else check_name("fhir_version", fhir_version, 16),
             None,
-            None if not headers else _encoded_headers(headers, limits),
+            None if not headers else encode_headers(headers, limits),
         )
-
-
-def _check_name(field: str, value: Any, most_bytes: int) -> str:
-    if not isinstance(value, str):
-        raise InvalidEvent(field, f"must be text, not {type(value).__name__}")
-    if not value:
-        raise InvalidEvent(field, "is empty")
-    if _CONTROL.search(value):
-        raise InvalidEvent(field, "holds a control character")
-    try:
-        size = len(value.encode())
-    except UnicodeEncodeError:
-        raise InvalidEvent(field, "holds a lone surrogate, which is not Unicode text") from None
-    if size > most_bytes:
-        raise InvalidEvent(field, f"is longer than {most_bytes} bytes")
-    return value
-
-
-def _check_tenant(value: Any) -> None:
-    _check_name("tenant_id", value, 64)
-    if not _TENANT.fullmatch(value):
-        raise InvalidEvent("tenant_id", "takes ASCII letters, digits, '-', '_', '.', and '/' between segments")
-
-
-def _checked_version(version: Any) -> str | None:
-    if version is None:
-        return None
-    # bool is an int and 1.5 would be cut: both have silently become "1" elsewhere.
-    if isinstance(version, bool) or not isinstance(version, (str, int)):
-        raise InvalidEvent("version", f"must be text or a whole number, not {type(version).__name__}")
-    if isinstance(version, int) and not 0 <= version < 2**63:
-        raise InvalidEvent("version", "must be from 0 to 2^63 - 1 when it is a number")
-    return _check_name("version", str(version), 128)
-
-
-def _encoded_headers(headers: Mapping[str, str], limits: Limits) -> str:
-    if not isinstance(headers, Mapping):
-        raise InvalidEvent("headers", f"must be a mapping, not {type(headers).__name__}")
-    for name, value in headers.items():
-        _check_name("headers", name, 128)
-        _check_name("headers", value, 1024)
-    try:
-        return encode_content(dict(headers), limits)
-    except InvalidEvent as error:
-        raise InvalidEvent("headers", error.problem) from None

@@ -17,6 +17,7 @@ from outbox.config import engine_on, manager_from_config
 from outbox.errors import OutboxError
 from outbox.manager import SyncManager
 from outbox.primary import PRIMARY_FAILED
+from outbox.schema import check_identifier
 from outbox.settings import SyncConfig
 
 __all__ = ["Tables", "Unreached", "manager_of", "place_of", "reached", "tables_of"]
@@ -38,10 +39,16 @@ class Unreached(OutboxError):
 
 
 class Tables(NamedTuple):
-    """The outbox tables of a primary: the way to it, and their schema."""
+    """The outbox tables of a primary: the way to it, the settings, and the secondaries that are known beforehand."""
 
     engine: AsyncEngine
-    schema: str
+    config: SyncConfig
+    expected: tuple[str, ...] = ()
+
+    @property
+    def schema(self) -> str:
+        """The schema of the tables."""
+        return self.config.database_schema
 
 
 def manager_of(app: str | None, config: Path | None) -> SyncManager:
@@ -57,11 +64,18 @@ def tables_of(app: str | None, config: Path | None, dsn: str | None, schema: str
     """Return the tables of an application, a configuration or an address, whichever is given first."""
     if app is not None or config is not None:
         manager = manager_of(app, config)
-        return Tables(manager.engine, schema or manager.config.database_schema)
+        expected = tuple(each.backend_id for each in manager.registrations)
+        return Tables(manager.engine, _in_schema(manager.config, schema), expected)
     if not dsn:
         raise Unreached("no primary is named: give --dsn, or OUTBOX_DSN in the environment, or --app, or --config")
-    settings = SyncConfig(database_schema=schema) if schema else SyncConfig.load()
-    return Tables(engine_on(dsn), settings.database_schema)
+    return Tables(engine_on(dsn), _in_schema(SyncConfig.load(), schema))
+
+
+def _in_schema(config: SyncConfig, schema: str | None) -> SyncConfig:
+    if schema is None:
+        return config
+    check_identifier(schema)
+    return config.model_copy(update={"database_schema": schema})
 
 
 def place_of(engine: AsyncEngine) -> str:

@@ -12,7 +12,9 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 
 from outbox.errors import NoSecondary, NotInTransaction
 from outbox.event import SyncEvent
+from outbox.headers import carrying
 from outbox.schema import Statement, dialect_of
+from outbox.token import SyncToken
 
 if TYPE_CHECKING:
     import asyncpg
@@ -30,7 +32,16 @@ with writer as materialized (
     select nextval('{schema}.outbox_event_id_seq') as event_id,
            cast(hashtextextended(tenant_id, 0) & 63 as smallint) as lane,
            hashtextextended(tenant_id || '/' || resource_type || '/' || resource_id, 0) as key_hash,
-           given.*
+           writer.transaction_id, given.*,
+           array(
+               select secondary.backend_id
+               from {schema}.outbox_secondary as secondary
+               where secondary.status in ('shadow', 'live', 'paused')
+                 and (secondary.tenant_ids is null or given.tenant_id = any (secondary.tenant_ids))
+                 and (secondary.resource_types is null or given.resource_type = any (secondary.resource_types))
+                 and (cast(:backend_ids as text[]) is null
+                      or secondary.backend_id = any (cast(:backend_ids as text[])))
+           ) as owed_to
     from writer cross join [given]
         as given (tenant_id, resource_type, resource_id, operation, version, fhir_version, content, bulk_id, headers)
 ), written as (
@@ -42,15 +53,12 @@ with writer as materialized (
     from event
 ), owed as (
     insert into {schema}.outbox_delivery (backend_id, lane, event_id, key_hash)
-    select secondary.backend_id, event.lane, event.event_id, event.key_hash
-    from {schema}.outbox_secondary as secondary
-    cross join event
-    where secondary.status in ('shadow', 'live', 'paused')
-      and (secondary.tenant_ids is null or event.tenant_id = any (secondary.tenant_ids))
-      and (secondary.resource_types is null or event.resource_type = any (secondary.resource_types))
-      and (cast(:backend_ids as text[]) is null or secondary.backend_id = any (cast(:backend_ids as text[])))
+    select owed.backend_id, event.lane, event.event_id, event.key_hash
+    from event cross join unnest(event.owed_to) as owed (backend_id)
 )
-select event_id, exists (select from {schema}.outbox_secondary) as anybody from event
+select event_id, owed_to, cast(cast(transaction_id as text) as bigint) as transaction_id,
+       owed_to <> '{}' or exists (select from {schema}.outbox_secondary) as anybody
+from event
 """
 
 RECORD = Statement(
@@ -86,7 +94,7 @@ def record(
     *,
     schema: str = "public",
     backend_ids: Sequence[str] | None = None,
-) -> list[int]: ...
+) -> SyncToken: ...
 
 
 @overload
@@ -96,7 +104,7 @@ def record(
     *,
     schema: str = "public",
     backend_ids: Sequence[str] | None = None,
-) -> Awaitable[list[int]]: ...
+) -> Awaitable[SyncToken]: ...
 
 
 def record(
@@ -105,17 +113,18 @@ def record(
     *,
     schema: str = "public",
     backend_ids: Sequence[str] | None = None,
-) -> list[int] | Awaitable[list[int]]:
-    """Write events and their deliveries on `connection`; return their positions, in the order given.
+) -> SyncToken | Awaitable[SyncToken]:
+    """Write events and their deliveries on `connection`; return a token that says which, and to whom they are owed.
 
     `connection` is a raw SQLAlchemy, asyncpg or psycopg connection with a transaction open; call this **after** the
     business rows were written, so that the row locks put the events of one key in commit order. The async kinds
-    return an awaitable. One statement carries up to 1,000 events. `backend_ids` limits who is owed.
+    return an awaitable. One statement carries up to 1,000 events; positions rise in the order given. `backend_ids`
+    limits who is owed. Once the transaction has committed, the token can be waited on.
 
     Raises `NotInTransaction` before any SQL when the connection would commit by itself, and `NoSecondary` when no
     secondary was ever registered, because then nobody would get the events.
     """
-    chosen = [events] if isinstance(events, SyncEvent) else list(events)
+    chosen = carrying([events] if isinstance(events, SyncEvent) else events)
     if isinstance(connection, Connection):
         return _record_on_sqlalchemy(connection, chosen, schema, backend_ids)
     if isinstance(connection, AsyncConnection):
@@ -159,29 +168,29 @@ def _chunks(events: list[SyncEvent]) -> Iterable[list[SyncEvent]]:
         yield events[start : start + _ROWS_PER_STATEMENT]
 
 
-def _positions(rows: Sequence[Any]) -> list[int]:
-    if rows and not rows[0][1]:
+def _token(rows: Sequence[Any]) -> SyncToken:
+    if rows and not rows[0][3]:
         raise NoSecondary(
             "record: no secondary is registered, so nobody would ever get these events; "
             "start a relay, or call `await manager.register()`, before the first write"
         )
-    return sorted(row[0] for row in rows)
+    return SyncToken.of(rows[0][2] if rows else 0, [(row[0], row[1]) for row in rows])
 
 
 def _record_on_sqlalchemy(
     connection: Connection, events: list[SyncEvent], schema: str, backend_ids: Sequence[str] | None
-) -> list[int]:
+) -> SyncToken:
     refuse_autocommit(connection)
-    positions: list[int] = []
+    rows: list[Any] = []
     for chunk in _chunks(events):
         statement, parameters = _recording(chunk, backend_ids)
         try:
-            positions += _positions(connection.execute(_sqlalchemy_text(statement, schema), parameters).all())
+            rows += connection.execute(_sqlalchemy_text(statement, schema), parameters)
         except DBAPIError as error:
             # Its text would quote the parameters, which are content.
             error.hide_parameters = True
             raise
-    return positions
+    return _token(rows)
 
 
 def refuse_autocommit(connection: Connection) -> None:
@@ -192,7 +201,7 @@ def refuse_autocommit(connection: Connection) -> None:
 
 def _record_on_driver(
     connection: Any, events: list[SyncEvent], schema: str, backend_ids: Sequence[str] | None
-) -> list[int] | Awaitable[list[int]]:
+) -> SyncToken | Awaitable[SyncToken]:
     kind = type(connection).__module__.partition(".")[0]
     if kind == "asyncpg":
         return _record_on_asyncpg(connection, events, schema, backend_ids)
@@ -201,36 +210,36 @@ def _record_on_driver(
     if hasattr(connection, "__aenter__"):
         return _record_on_async_psycopg(connection, events, schema, backend_ids)
     _refuse_idle_autocommit(connection)
-    positions: list[int] = []
+    rows: list[Any] = []
     for chunk in _chunks(events):
         statement, parameters = _recording(chunk, backend_ids)
         cursor = connection.execute(_psycopg_text(statement, schema), parameters)
-        positions += _positions(cursor.fetchall())
-    return positions
+        rows += cursor.fetchall()
+    return _token(rows)
 
 
 async def _record_on_asyncpg(
     connection: Any, events: list[SyncEvent], schema: str, backend_ids: Sequence[str] | None
-) -> list[int]:
+) -> SyncToken:
     if not connection.is_in_transaction():
         raise _no_transaction()
-    positions: list[int] = []
+    rows: list[Any] = []
     for chunk in _chunks(events):
         statement, parameters = _recording(chunk, backend_ids)
-        positions += _positions(await connection.fetch(*statement.arguments(schema, parameters)))
-    return positions
+        rows += await connection.fetch(*statement.arguments(schema, parameters))
+    return _token(rows)
 
 
 async def _record_on_async_psycopg(
     connection: Any, events: list[SyncEvent], schema: str, backend_ids: Sequence[str] | None
-) -> list[int]:
+) -> SyncToken:
     _refuse_idle_autocommit(connection)
-    positions: list[int] = []
+    rows: list[Any] = []
     for chunk in _chunks(events):
         statement, parameters = _recording(chunk, backend_ids)
         cursor = await connection.execute(_psycopg_text(statement, schema), parameters)
-        positions += _positions(await cursor.fetchall())
-    return positions
+        rows += await cursor.fetchall()
+    return _token(rows)
 
 
 def _refuse_idle_autocommit(connection: Any) -> None:

@@ -12,26 +12,28 @@ from sqlalchemy import Connection, text
 from outbox.errors import SettingsError
 from outbox.schema import Statement
 from outbox.secondaries.base import Secondary
+from outbox.settings import SyncMode
 
 __all__ = ["REGISTER", "Registration", "register"]
 
 # Rows that say the same already are not touched: an upsert would wait for whoever has the secondary's turn.
 REGISTER = Statement("""
-insert into {schema}.outbox_secondary as secondary (backend_id, role, ordering, tenant_ids, resource_types)
-select given.backend_id, given.role, given.ordering,
+insert into {schema}.outbox_secondary as secondary (backend_id, role, mode, ordering, tenant_ids, resource_types)
+select given.backend_id, given.role, given.mode, given.ordering,
        cast(given.tenant_ids as text[]), cast(given.resource_types as text[])
 from unnest(
-    cast(:backend_ids as text[]), cast(:roles as text[]), cast(:orderings as text[]),
+    cast(:backend_ids as text[]), cast(:roles as text[]), cast(:modes as text[]), cast(:orderings as text[]),
     cast(:tenant_ids as text[]), cast(:resource_types as text[])
-) as given (backend_id, role, ordering, tenant_ids, resource_types)
+) as given (backend_id, role, mode, ordering, tenant_ids, resource_types)
 where not exists (
     select from {schema}.outbox_secondary as known
-    where (known.backend_id, known.role, known.ordering) = (given.backend_id, given.role, given.ordering)
+    where known.backend_id = given.backend_id
+      and (known.role, known.mode, known.ordering) = (given.role, given.mode, given.ordering)
       and known.tenant_ids is not distinct from cast(given.tenant_ids as text[])
       and known.resource_types is not distinct from cast(given.resource_types as text[])
 )
 on conflict (backend_id) do update
-set role = excluded.role, ordering = excluded.ordering, tenant_ids = excluded.tenant_ids,
+set role = excluded.role, mode = excluded.mode, ordering = excluded.ordering, tenant_ids = excluded.tenant_ids,
     resource_types = excluded.resource_types
 """)
 
@@ -42,6 +44,7 @@ _BACKEND_ID = re.compile(r"[a-z][a-z0-9_-]{0,62}")
 class Registration:
     """A secondary and its terms: what it is for, which order it needs, which tenants and types it wants (None: all).
 
+    `mode` says whether writers wait for it (None: as `SyncConfig.mode` says).
     `state` order delivers only the newest of several due events of a key; `log` order delivers every event, in order.
     """
 
@@ -50,6 +53,7 @@ class Registration:
     ordering: Literal["state", "log"] = "state"
     tenant_ids: Sequence[str] | None = None
     resource_types: Sequence[str] | None = None
+    mode: SyncMode | None = None
 
     def __post_init__(self) -> None:
         if not _BACKEND_ID.fullmatch(self.backend_id):
@@ -66,6 +70,7 @@ def register(connection: Connection, schema: str, registrations: Sequence[Regist
     parameters: dict[str, Any] = {
         "backend_ids": [each.backend_id for each in registrations],
         "roles": [each.role for each in registrations],
+        "modes": [str(each.mode or SyncMode.ASYNCHRONOUS) for each in registrations],
         "orderings": [each.ordering for each in registrations],
         "tenant_ids": [_literal(each.tenant_ids) for each in registrations],
         "resource_types": [_literal(each.resource_types) for each in registrations],

@@ -8,6 +8,7 @@ import signal
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
+from datetime import timedelta
 from typing import Any
 from uuid import uuid4
 
@@ -17,6 +18,7 @@ from sqlalchemy.ext.asyncio import AsyncEngine
 
 from outbox.carrier import Carrier
 from outbox.errors import UnknownSecondary
+from outbox.health import Roll
 from outbox.lease import heartbeat
 from outbox.primary import PRIMARY_FAILED, Primary, code_of
 from outbox.prune import prune_attempts, prune_events
@@ -47,6 +49,7 @@ class Relay:
         config: SyncConfig,
         policy: RetryPolicy,
         doorbell: Doorbell,
+        roll: Roll | None = None,
     ) -> None:
         # Random for every start of a process: a host name that comes back must not inherit leases.
         self.relay_id = uuid4()
@@ -54,6 +57,7 @@ class Relay:
         self._registrations = registrations
         self._config = config
         self._doorbell = doorbell
+        self._roll = roll or Roll()
         self._primary = Primary(engine, config)
         self._carriers = {
             each.backend_id: Carrier(each, self._primary, config, policy, self.relay_id) for each in registrations
@@ -65,6 +69,10 @@ class Relay:
 
     async def run(self) -> None:
         """Carry until `stop` is called or this task is cancelled; then finish or hand back what is in hand."""
+        with self._roll.answering():
+            await self._run()
+
+    async def _run(self) -> None:
         stopping = asyncio.create_task(self._stop.wait())
         opening = asyncio.create_task(self._open())
         loops: list[asyncio.Task[None]] = []
@@ -100,6 +108,19 @@ class Relay:
         async with self._opened():
             counts = await asyncio.gather(*(self._drain(carrier) for carrier in self._carriers.values()))
         return sum(counts)
+
+    @asynccontextmanager
+    async def lending_hands(self) -> AsyncIterator[None]:
+        """Be ready to `seize` without claiming anything else; at the end what is in hand is finished or handed back."""
+        async with self._opened():
+            try:
+                yield
+            finally:
+                await self._wind_down([])
+
+    async def seize(self, backend_id: str, positions: Sequence[int], within: timedelta) -> int:
+        """Carry these events to one secondary, if they wait there; return how many were in hand."""
+        return await self._carriers[backend_id].seize(positions, time.monotonic() + within.total_seconds())
 
     def stop(self, *, at_once: bool = False) -> None:
         """Ask `run` to end: finish what is in hand within the grace period, or hand it back `at_once`."""

@@ -15,9 +15,9 @@ from rich.table import Table
 from rich.text import Text
 
 from outbox.reconcile import Drift, ReconciliationResult
-from outbox.status import BackendSyncStatus, Failure
+from outbox.status import BackendSyncStatus, Failure, lag_text
 
-__all__ = ["console", "drift_table", "drift_text", "failure_table", "json_text", "lag_text", "status_table"]
+__all__ = ["console", "drift_table", "drift_text", "failure_table", "json_text", "status_table"]
 
 # Where no terminal says how wide it is, nothing should be cut.
 _WIDE = 200
@@ -35,20 +35,8 @@ def json_text(document: Any) -> str:
     return json.dumps(document, default=_plain, indent=2, ensure_ascii=False)
 
 
-def lag_text(lag: timedelta) -> str:
-    """Return a duration as a person says it: `0.4 s`, `12 s`, `3 min 5 s`, `2 h 10 min`, `4 d 3 h`."""
-    seconds = lag.total_seconds()
-    if seconds < 10:
-        return f"{seconds:.1f} s"
-    whole = int(seconds)
-    for size, unit, smaller, less in ((86_400, "d", 3_600, "h"), (3_600, "h", 60, "min"), (60, "min", 1, "s")):
-        if whole >= size:
-            return f"{whole // size} {unit} {whole % size // smaller} {less}"
-    return f"{whole} s"
-
-
-def status_table(statuses: Sequence[BackendSyncStatus], problems: dict[str, list[str]]) -> Table:
-    """Return one row per secondary; what keeps it from its objective stands out in red."""
+def status_table(statuses: Sequence[BackendSyncStatus]) -> Table:
+    """Return one row per secondary; what makes it unhealthy stands out in red."""
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     table.add_column("secondary")
     table.add_column("status")
@@ -58,16 +46,16 @@ def status_table(statuses: Sequence[BackendSyncStatus], problems: dict[str, list
     table.add_column("delivered", justify="right")
     table.add_column("last error")
     for each in statuses:
-        found = problems[each.backend_id]
+        late = any(reason.startswith("lag ") for reason in each.reasons)
         table.add_row(
             each.backend_id,
             each.status,
             f"{each.pending:,}",
-            Text(lag_text(each.lag), "red" if "lag" in found else ""),
+            Text(lag_text(each.lag), "red" if late else ""),
             Text(f"{each.failing:,}", "yellow" if each.failing else ""),
             Text(f"{each.dead:,}", "red" if each.dead else ""),
             Text(each.breaker, _BREAKER.get(each.breaker, "")),
-            f"{each.applied + each.stale + each.superseded:,}",
+            f"{each.total_synced:,}",
             _last_error(each),
         )
     return table

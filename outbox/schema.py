@@ -197,6 +197,8 @@ def _secondary(tables: MetaData) -> Table:
         Column("last_success_at", _INSTANT),
         Column("last_error_at", _INSTANT),
         Column("last_error_code", Text),
+        # When a relay last asked what is due, within a moment: the sign of life of all relays together.
+        Column("looked_at", _INSTANT),
         Column("registered_at", _INSTANT, nullable=False, server_default=_now()),
         CheckConstraint(
             "role in ('search', 'graph', 'terminology', 'archive', 'cache')", name="outbox_secondary_role_known"

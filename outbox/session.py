@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from typing import Any
 
@@ -13,7 +13,9 @@ from sqlalchemy.orm import ORMExecuteState, Session, SessionTransaction
 from outbox.capture import Changes, Tracked, Tracking
 from outbox.errors import InvalidEvent, SettingsError, UntrackedWrite
 from outbox.event import Operation, SyncEvent
+from outbox.headers import Carrying, carrying, checked_headers
 from outbox.record import record, refuse_autocommit
+from outbox.token import SyncToken
 
 __all__ = ["OutboxSession", "SyncOutboxSession"]
 
@@ -26,17 +28,34 @@ class SyncOutboxSession(Session):
     Made by `SyncManager.sync_session()`. Bulk updates, deletes and inserts of tracked classes are refused with
     `UntrackedWrite`; `execute_recorded` is the call to use. What no session can see (raw SQL, database cascades, other
     programs) leaves no event: record it by hand, or let reconcile find it.
+
+    `correlation_id`, `actor`, `traceparent` and `headers` are carried by every event of this session (D67); see
+    `outbox.headers`. Raises `InvalidEvent` when they cannot be.
     """
 
-    def __init__(self, bind: Any, *, tracking: Tracking, ring: Callable[[], None], schema: str, **options: Any) -> None:
+    def __init__(
+        self,
+        bind: Any,
+        *,
+        tracking: Tracking,
+        ring: Callable[[], None],
+        schema: str,
+        correlation_id: str | None = None,
+        actor: str | None = None,
+        traceparent: str | None = None,
+        headers: Mapping[str, str] | None = None,
+        **options: Any,
+    ) -> None:
         if options.get("binds"):
             raise SettingsError("binds", "must be left out; events and rows share one connection")
         super().__init__(bind, **options)
         self.tracking = tracking
         self._ring = ring
         self._schema = schema
-        self._recorded: list[SyncEvent] = []
-        self._wrote = False
+        self._headers = checked_headers(correlation_id, actor, traceparent, headers)
+        self._recorded = Carrying()
+        self._tokens: list[tuple[list[SessionTransaction], SyncToken]] = []
+        self.token: SyncToken | None = None
         self.info["outbox_changes"] = Changes(tracking)
 
     def record(self, *events: SyncEvent | Iterable[SyncEvent]) -> None:
@@ -45,10 +64,7 @@ class SyncOutboxSession(Session):
         if not self.in_transaction():
             self.begin()
         for each in events:
-            if isinstance(each, SyncEvent):
-                self._recorded.append(each)
-            else:
-                self._recorded.extend(each)
+            self._recorded += carrying([each] if isinstance(each, SyncEvent) else each, self._headers)
 
     def execute_recorded(self, statement: Update | Delete) -> int:
         """Run a bulk update or delete of a tracked class and record one event per row; return how many rows.
@@ -84,12 +100,12 @@ class SyncOutboxSession(Session):
     def write(self, events: Sequence[SyncEvent]) -> None:
         """Write events now, on this transaction's connection."""
         if events:
-            record(self.connection(), events, schema=self._schema)
-            self._wrote = True
+            token = record(self.connection(), carrying(events, self._headers), schema=self._schema)
+            self._tokens.append((list(self._savepoints()), token))
 
     def write_recorded(self) -> None:
         """Write what `record` has gathered."""
-        events, self._recorded = self._recorded, []
+        events, self._recorded = self._recorded, Carrying()
         self.write(events)
 
     def begin_nested(self) -> SessionTransaction:
@@ -100,15 +116,28 @@ class SyncOutboxSession(Session):
 
     def forget(self, *, everything: bool) -> None:
         """Drop what was gathered and not yet written; with the outermost transaction, also what was."""
-        self._wrote = self._wrote and not everything
+        if everything:
+            self._tokens.clear()
         self._recorded.clear()
         self.info["outbox_changes"].clear()
 
     def ring(self) -> None:
-        """Tell the relays, once the outermost transaction has committed events."""
-        if self._wrote and not self.in_nested_transaction():
-            self._wrote = False
+        """Tell the relays, once the outermost transaction has committed events, and keep its token."""
+        if self._tokens and not self.in_nested_transaction():
+            self.token = SyncToken.merged(token for _, token in self._tokens)
+            self._tokens.clear()
             self._ring()
+
+    def undo(self, savepoint: SessionTransaction) -> None:
+        """Drop the tokens of what a savepoint wrote that was rolled back."""
+        self._tokens = [each for each in self._tokens if savepoint not in each[0]]
+
+    def _savepoints(self) -> Iterator[SessionTransaction]:
+        """Yield everything that could take back what is written now, the innermost first."""
+        transaction = self.get_nested_transaction()
+        while transaction is not None:
+            yield transaction
+            transaction = transaction.parent
 
     def bulk_save_objects(self, *_args: Any, **_options: Any) -> None:
         """Refused: it bypasses the flush that records events."""
@@ -139,6 +168,11 @@ class OutboxSession(AsyncSession):
 
     sync_session_class = SyncOutboxSession
     sync_session: SyncOutboxSession
+
+    @property
+    def token(self) -> SyncToken | None:
+        """What the last commit that wrote events recorded, to wait on; None before there was one."""
+        return self.sync_session.token
 
     def record(self, *events: SyncEvent | Iterable[SyncEvent]) -> None:
         """Have events written with the next flush or commit, in the order of the calls, in this transaction."""
@@ -222,6 +256,7 @@ def _ring(session: SyncOutboxSession) -> None:
 @event.listens_for(SyncOutboxSession, "after_soft_rollback")
 def _forget(session: SyncOutboxSession, previous: SessionTransaction) -> None:
     session.forget(everything=not previous.nested)
+    session.undo(previous)
 
 
 @event.listens_for(SyncOutboxSession, "after_transaction_end")

@@ -5,17 +5,39 @@ from __future__ import annotations
 import os
 import tomllib
 from datetime import timedelta
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ModelWrapValidatorHandler, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ModelWrapValidatorHandler,
+    ValidationError,
+    model_validator,
+)
 
 from outbox.errors import SettingsError
 
-__all__ = ["SyncConfig"]
+__all__ = ["SyncConfig", "SyncMode"]
 
 _IDENTIFIER = r"^[a-z_][a-z0-9_]{0,62}$"
 _Duration = Annotated[timedelta, Field(gt=timedelta(0), le=timedelta(days=366))]
+# A file and an environment have no word for None.
+_OrOff = BeforeValidator(lambda value: None if value == "off" else value)
+
+
+class SyncMode(StrEnum):
+    """Whether whoever writes waits for secondaries. Delivery is the same in all of them."""
+
+    ASYNCHRONOUS = "asynchronous"
+    """Nobody waits: a write is accepted once it is committed."""
+    SYNCHRONOUS = "synchronous"
+    """After the commit the caller waits for every secondary, up to `sync_timeout`."""
+    HYBRID = "hybrid"
+    """After the commit the caller waits for search secondaries, if `sync_for_search` says so, and for no others."""
 
 
 class SyncConfig(BaseModel):
@@ -28,6 +50,19 @@ class SyncConfig(BaseModel):
 
     database_schema: Annotated[str, Field(pattern=_IDENTIFIER)] = "public"
     """The PostgreSQL schema of the outbox tables; every statement names it, `search_path` is never used."""
+
+    mode: SyncMode = SyncMode.ASYNCHRONOUS
+    """Whether `SyncManager.sync` waits for secondaries; a `Registration` and every single call may say otherwise."""
+
+    sync_for_search: bool = True
+    """Whether mode `hybrid` waits for secondaries whose role is search; without, it is `asynchronous`."""
+
+    sync_timeout: _Duration = timedelta(seconds=5)
+    """Longest time a caller waits for secondaries after its commit; what is not there by then is still on its way."""
+
+    max_read_lag: Annotated[timedelta, Field(ge=timedelta(0), le=timedelta(days=366))] = timedelta(milliseconds=500)
+    """Greatest age of what a secondary may still be missing when it is read, and how long a reader waits for it to be
+    less; zero: only a secondary that misses nothing is read, and nobody waits."""
 
     batch_size: Annotated[int, Field(ge=1, le=10_000)] = 100
     """Most events handed to a secondary at once."""
@@ -86,6 +121,30 @@ class SyncConfig(BaseModel):
     statement_timeout: _Duration = timedelta(seconds=30)
     """Longest time one statement of a relay may take on the primary."""
 
+    unhealthy_lag: Annotated[_Duration | None, _OrOff] = timedelta(seconds=30)
+    """Age of the oldest owed delivery above which a live secondary is unhealthy; None, in text `off`: no limit."""
+
+    unhealthy_pending: Annotated[Annotated[int, Field(ge=1)] | None, _OrOff] = 100_000
+    """Owed deliveries above which a live secondary is unhealthy; None, in text `off`: no limit.
+
+    How old is the better question: a load of many changes at once is no trouble while they go out fast. The default is
+    what such a load does not leave behind for long.
+    """
+
+    failure_threshold: Annotated[int, Field(ge=1, le=30)] = 3
+    """Attempts in a row that got nothing through after which a secondary is unhealthy."""
+
+    success_threshold: Annotated[int, Field(ge=1, le=30)] = 2
+    """Attempts in a row that got something through after which it is healthy again."""
+
+    unhealthy_after_silence: Annotated[_Duration | None, _OrOff] = timedelta(seconds=30)
+    """How long no relay may have asked what is due before a secondary is unhealthy, with something due or not; None, in
+    text `off`: for ever, for those who only drain now and then. A relay says that it asked every `prune_interval`, and
+    at least three times as often as this."""
+
+    health_timeout: _Duration = timedelta(seconds=5)
+    """Longest time the primary may take to answer how it is."""
+
     @model_validator(mode="wrap")
     @classmethod
     def _explained(cls, data: Any, handler: ModelWrapValidatorHandler[Self]) -> Self:
@@ -114,3 +173,5 @@ class SyncConfig(BaseModel):
             raise SettingsError("breaker_max", "must not be below breaker_initial")
         if self.attempt_deadline < self.lease / 3:
             raise SettingsError("attempt_deadline", "must leave room for one heartbeat (a third of the lease)")
+        if self.unhealthy_after_silence and self.unhealthy_after_silence < 3 * self.poll_interval:
+            raise SettingsError("unhealthy_after_silence", "must be three times poll_interval, or more")

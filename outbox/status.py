@@ -1,8 +1,10 @@
-"""Status: what is owed to whom, and how old it is. Read-only; the one source for people, programs and pages."""
+"""Status: what is owed to whom, how old it is, and what is wrong. The one source for people, programs and pages."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from datetime import datetime, timedelta
+from itertools import groupby
 from typing import Any
 
 import msgspec
@@ -10,14 +12,39 @@ from sqlalchemy import text
 from sqlalchemy.ext.asyncio import AsyncEngine
 
 from outbox.schema import Statement
+from outbox.settings import SyncConfig
 
-__all__ = ["FAILURES", "LAG", "BackendSyncStatus", "Failure", "failures", "statuses"]
+__all__ = ["FAILURES", "LAG", "BackendSyncStatus", "Failure", "failures", "lag_text", "reasons_of", "statuses"]
 
+# The latest attempts are evidence of how a secondary does, and a hundred of them bound what it costs to look. Of each
+# that was about anything: null when something got through, else its error.
 LAG = Statement("""
-select backend_id, status, pending, in_flight, failing, dead, coalesce(lag, interval '0') as lag, breaker,
-       last_success_at, last_error_at, last_error_code, applied, stale, superseded, retried, rejected, lost
-from {schema}.outbox_lag
-order by backend_id
+select lag.backend_id, lag.status, lag.pending, lag.in_flight, lag.failing, lag.dead,
+       coalesce(lag.lag, interval '0') as lag, lag.breaker, lag.last_success_at, lag.last_error_at, lag.last_error_code,
+       lag.applied, lag.stale, lag.superseded, lag.retried, lag.rejected, lag.lost, lag.looked_at, lag.silence,
+       latest.throughput, latest.endings
+from {schema}.outbox_lag as lag
+cross join lateral (
+    select cast(
+               coalesce(sum(applied + stale + superseded) filter (where age < interval '1 minute'), 0)
+               / case when count(*) < 100 or max(age) >= interval '1 minute' then 60
+                      else greatest(extract(epoch from max(age)), 0.01) end
+           as double precision) as throughput,
+           coalesce(array_agg(
+               case when applied + stale = 0 then coalesce(error_code, 'unknown') end order by attempt_id desc
+           ) filter (
+               where finished_at is not null
+                 and (applied + stale + retried + rejected + lost > 0 or error_code is not null)
+           ), '{}') as endings
+    from (
+        select attempt.*, statement_timestamp() - attempt.finished_at as age
+        from {schema}.outbox_attempt as attempt
+        where attempt.backend_id = lag.backend_id
+        order by attempt.attempt_id desc
+        limit 100
+    ) as attempt
+) as latest
+order by lag.backend_id
 """)
 
 FAILURES = Statement("""
@@ -35,7 +62,9 @@ class BackendSyncStatus(msgspec.Struct, frozen=True):
 
     `pending` counts every delivery still owed, those in flight, failing and dead included; `lag` is the age of the
     oldest of them by the database's clock, zero when nothing is owed. `failing` and `dead` count keys. The totals count
-    deliveries since the secondary was registered.
+    deliveries since the secondary was registered, `throughput` those done per second in the last minute. `silence` is
+    how long no relay has asked what is due. `reasons` say what makes it unhealthy, each beginning with what it is
+    about: lag, pending, dead, breaker, attempts or silence. Never content.
     """
 
     backend_id: str
@@ -55,6 +84,25 @@ class BackendSyncStatus(msgspec.Struct, frozen=True):
     retried: int
     rejected: int
     lost: int
+    looked_at: datetime | None
+    silence: timedelta
+    throughput: float
+    reasons: tuple[str, ...] = ()
+
+    @property
+    def healthy(self) -> bool:
+        """Whether nothing is wrong with it; `reasons` say what is."""
+        return not self.reasons
+
+    @property
+    def total_synced(self) -> int:
+        """How many deliveries are done: applied, refused as older than what the secondary has, or superseded."""
+        return self.applied + self.stale + self.superseded
+
+    @property
+    def total_errors(self) -> int:
+        """How many times a delivery failed: to be retried, rejected, or lost with its relay."""
+        return self.retried + self.rejected + self.lost
 
 
 class Failure(msgspec.Struct, frozen=True):
@@ -74,9 +122,70 @@ class Failure(msgspec.Struct, frozen=True):
     owed: int
 
 
-async def statuses(engine: AsyncEngine, schema: str) -> list[BackendSyncStatus]:
-    """Return every registered secondary by name, exact and all in one snapshot."""
-    return [BackendSyncStatus(*_plain(row)) for row in await _rows(engine, LAG, schema, {})]
+async def statuses(engine: AsyncEngine, config: SyncConfig) -> list[BackendSyncStatus]:
+    """Return every registered secondary by name, exact and all in one snapshot, judged by the limits of `config`."""
+    found: list[BackendSyncStatus] = []
+    for row in await _rows(engine, LAG, config.database_schema, {}):
+        *known, endings = _plain(row)
+        status = BackendSyncStatus(*known)
+        found.append(msgspec.structs.replace(status, reasons=reasons_of(status, endings, config)))
+    return found
+
+
+def reasons_of(status: BackendSyncStatus, endings: Sequence[str | None], config: SyncConfig) -> tuple[str, ...]:
+    """Return what makes a secondary unhealthy, given how its latest attempts ended, newest first.
+
+    Lag and pending are held against a live one only: to be paused is to fall behind. Of a removed one nothing is
+    expected. What is dead stays away until somebody acts, so a single key of it is not healthy.
+    """
+    if status.status == "removed":
+        return ()
+    reasons = _behind(status, config) if status.status == "live" else []
+    if status.dead:
+        reasons.append(f"dead keys: {status.dead:,}")
+    # One that probes was open a moment ago; an alarm must not go off and on with every probe.
+    if status.breaker != "closed":
+        reasons.append(f"breaker {status.breaker}")
+    reasons += _failing(endings, config)
+    if (limit := config.unhealthy_after_silence) and status.silence > limit:
+        reasons.append(f"silence: no relay has looked for {lag_text(status.silence)}")
+    return tuple(reasons)
+
+
+def _behind(status: BackendSyncStatus, config: SyncConfig) -> list[str]:
+    reasons = []
+    if config.unhealthy_lag is not None and status.lag > config.unhealthy_lag:
+        reasons.append(f"lag {lag_text(status.lag)} is above {lag_text(config.unhealthy_lag)}")
+    if config.unhealthy_pending is not None and status.pending > config.unhealthy_pending:
+        reasons.append(f"pending {status.pending:,} is above {config.unhealthy_pending:,}")
+    return reasons
+
+
+def _failing(endings: Sequence[str | None], config: SyncConfig) -> list[str]:
+    """Tell healthy from failing by the latest run of attempts that is long enough for either."""
+    latest = True
+    for well, run in groupby(endings, key=lambda code: code is None):
+        codes = list(run)
+        if well and len(codes) >= config.success_threshold:
+            break
+        if not well and len(codes) >= config.failure_threshold:
+            if latest:
+                return [f"attempts: the last {len(codes)} failed ({codes[0]})"]
+            return [f"attempts failed ({codes[0]}), and no {config.success_threshold} in a row succeeded since"]
+        latest = False
+    return []
+
+
+def lag_text(lag: timedelta) -> str:
+    """Return a duration as a person says it: `0.4 s`, `12 s`, `3 min 5 s`, `2 h 10 min`, `4 d 3 h`."""
+    seconds = lag.total_seconds()
+    if seconds < 10:
+        return f"{seconds:.1f} s"
+    whole = int(seconds)
+    for size, unit, smaller, less in ((86_400, "d", 3_600, "h"), (3_600, "h", 60, "min"), (60, "min", 1, "s")):
+        if whole >= size:
+            return f"{whole // size} {unit} {whole % size // smaller} {less}"
+    return f"{whole} s"
 
 
 async def failures(engine: AsyncEngine, schema: str, backend_id: str | None = None, most: int = 100) -> list[Failure]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
 import msgspec
@@ -11,7 +12,7 @@ from outbox.schema import Statement
 if TYPE_CHECKING:
     import asyncpg
 
-__all__ = ["TURN", "Turn", "take_turn"]
+__all__ = ["LOOKED", "TURN", "Turn", "say_looked", "take_turn"]
 
 # The registry row is taken in a statement of its own: the claim's snapshot, taken after, then shows every
 # earlier claim of this secondary. SKIP LOCKED, because whoever holds the row is claiming already.
@@ -46,6 +47,16 @@ for no key update of secondary skip locked
 """)
 
 
+# Of several relays one is enough. A time that is still to come is of a clock that was wrong.
+LOOKED = Statement("""
+update {schema}.outbox_secondary
+set looked_at = statement_timestamp()
+where backend_id = :backend_id
+  and (looked_at is null
+       or looked_at not between statement_timestamp() - cast(:every as interval) / 2 and statement_timestamp())
+""")
+
+
 class Turn(msgspec.Struct, frozen=True):
     """What the registry says of a secondary to the one relay whose turn it is to claim."""
 
@@ -71,3 +82,8 @@ async def take_turn(connection: asyncpg.Connection[Any], schema: str, backend_id
     """Lock the secondary's registry row until the transaction ends; None when another relay has it."""
     row = await connection.fetchrow(*TURN.arguments(schema, {"backend_id": backend_id}))
     return None if row is None else Turn(*row)
+
+
+async def say_looked(connection: asyncpg.Connection[Any], schema: str, backend_id: str, every: timedelta) -> None:
+    """Write that this secondary is being looked after; it counts if whoever has the turn comes to its end."""
+    await connection.execute(*LOOKED.arguments(schema, {"backend_id": backend_id, "every": every}))

@@ -28,6 +28,8 @@ _QUICK: dict[str, Any] = {
     # Long enough that a busy machine loses none by itself; tests of losses say less.
     "lease": 2.0,
     "poll_interval": 0.02,
+    # For those who say a poll interval of a minute.
+    "unhealthy_after_silence": 600,
     "retry_initial": 0.01,
     "retry_max": 0.05,
     "breaker_initial": 0.05,

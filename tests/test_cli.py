@@ -233,9 +233,10 @@ class TestStatus:
         assert done.status == 0, done.errors
         document = done.document
         [copy] = document.pop("secondaries")
-        assert document == {"ok": True, "max_lag": 60.0}
+        assert document == {"ok": True, "max_lag": 30.0, "reasons": []}
         assert (copy["backend_id"], copy["status"], copy["breaker"]) == ("copy", "live", "closed")
-        assert (copy["pending"], copy["applied"], copy["failing"], copy["dead"], copy["problems"]) == (1, 1, 0, 0, [])
+        assert (copy["pending"], copy["applied"], copy["failing"], copy["dead"]) == (1, 1, 0, 0)
+        assert (copy["healthy"], copy["reasons"]) == (True, [])
         assert 0 < copy["lag"] < 60
         assert datetime.fromisoformat(copy["last_success_at"]).utcoffset() == timedelta(0)
         assert copy["last_error_at"] is None
@@ -248,7 +249,8 @@ class TestStatus:
 
         late = outbox("status", "--max-lag", "0", "--json", "--dsn", dsn)
         assert (late.status, late.document["ok"]) == (1, False)
-        assert late.document["secondaries"][0]["problems"] == ["lag"]
+        [reason] = late.document["secondaries"][0]["reasons"]
+        assert re.fullmatch(r"lag \d+\.\d s is above 0\.0 s", reason)
         # Who is paused is meant to lag.
         execute(dsn, "update outbox_secondary set status = 'paused'")
         assert outbox("status", "--max-lag", "0", "--dsn", dsn).status == 0
@@ -260,7 +262,7 @@ class TestStatus:
         await manager.relay().drain()
         done = outbox("status", "--json", "--dsn", dsn)
         assert done.status == 1
-        assert done.document["secondaries"][0]["problems"] == ["dead"]
+        assert done.document["secondaries"][0]["reasons"] == ["dead keys: 1"]
 
     async def test_an_open_breaker_is_status_1(self, primary: AsyncEngine, dsn: str):
         manager = SyncManager(primary, [Down("copy")])
@@ -275,7 +277,7 @@ class TestStatus:
         await eventually(opened)
         done = outbox("status", "--json", "--dsn", dsn)
         assert done.status == 1
-        assert done.document["secondaries"][0]["problems"] == ["breaker"]
+        assert done.document["secondaries"][0]["reasons"] == ["breaker open", "attempts: the last 3 failed (down)"]
 
     async def test_people_get_a_table(self, primary: AsyncEngine, dsn: str):
         assert "No secondary is registered" in outbox("status", "--dsn", dsn).output

@@ -91,6 +91,37 @@ def test_the_migrations_page_s_code_runs(tmp_path: Path) -> None:
     assert list(Path(done.stdout.strip()).glob("*.py"))
 
 
+def test_the_tracing_page_s_code_runs_and_prints_what_it_says(tmp_path: Path, postgres: PostgresServer) -> None:
+    """D67."""
+    (tmp_path / "page.py").write_text("\n".join(blocks("docs/tracing.md", "python")))
+    with new_database(postgres) as name:
+        application = tmp_path, os.environ | {"OUTBOX_DSN": postgres.dsn(name)}
+        run(application, *OUTBOX, "migrate", "--dsn", postgres.dsn(name))
+        printed = run(application, sys.executable, "page.py").splitlines()
+    assert printed == [
+        "('default', 'Ward', '3') importer ward.csv",
+        "('default', 'Ward', '4') Dr Zo\u00eb ward.csv",
+        "outbox.dispatch {'outbox.backend_id': 'cache', 'outbox.events': 2, 'outbox.applied': 2}",
+        "linked: True",
+    ]
+
+
+def test_the_secondaries_page_s_store_is_one(tmp_path: Path, postgres: PostgresServer) -> None:
+    *page, suite = blocks("docs/secondaries.md", "python")
+    [upsert] = blocks("docs/secondaries.md", "sql")
+    assert upsert in (ROOT / "examples/sqlite_storage.py").read_text()
+    (tmp_path / "page.py").write_text("\n".join(page))
+    (tmp_path / "test_notes.py").write_text(suite)
+    with new_database(postgres) as name:
+        environment = os.environ | {"OUTBOX_DSN": postgres.dsn(name), "PYTHONPATH": str(ROOT / "examples")}
+        there = tmp_path, environment
+        run(there, *OUTBOX, "migrate", "--dsn", environment["OUTBOX_DSN"])
+        printed = run(there, sys.executable, "page.py")
+    assert "Ada was here" in printed
+    assert "position=1" in printed
+    assert " passed" in run(there, sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "test_notes.py")
+
+
 def test_every_link_in_the_docs_leads_somewhere() -> None:
     for document in (*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")):
         for link in re.findall(r"\]\((?!http)([^)#]+)", document.read_text()):

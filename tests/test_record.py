@@ -91,8 +91,8 @@ async def connected(kind: str, engine: AsyncEngine, *, autocommit: bool = False)
 
 
 async def recorded(connection: Any, events: Any, **options: Any) -> list[int]:
-    positions = record(connection, events, **options)
-    return await positions if inspect.isawaitable(positions) else positions
+    token = record(connection, events, **options)
+    return (await token if inspect.isawaitable(token) else token).positions
 
 
 async def rows(engine: AsyncEngine, query: str) -> list[tuple[Any, ...]]:
@@ -183,15 +183,15 @@ async def test_one_statement_carries_a_thousand_events(registered: AsyncEngine, 
     statements: list[str] = []
     event.listen(registered.sync_engine, "before_cursor_execute", lambda *given: statements.append(given[2]))
     async with registered.begin() as connection:
-        positions = await record(connection, notes(count))
-    assert len(positions) == count
+        token = await record(connection, notes(count))
+    assert len(token.positions) == count
     assert len(statements) == expected
 
 
 async def test_one_event_and_any_iterable_are_taken(registered: AsyncEngine) -> None:
     async with registered.begin() as connection:
-        assert len(await record(connection, SyncEvent.delete("Note", "1"))) == 1
-        assert len(await record(connection, (each for each in notes(3)))) == 3
+        assert len((await record(connection, SyncEvent.delete("Note", "1"))).positions) == 1
+        assert len((await record(connection, (each for each in notes(3)))).positions) == 3
 
 
 async def test_an_insert_only_role_can_record(registered: AsyncEngine) -> None:
@@ -205,7 +205,7 @@ async def test_an_insert_only_role_can_record(registered: AsyncEngine) -> None:
         ):
             await connection.execute(text(statement))
         await connection.execute(text("set local role outbox_writer_of_a_test"))
-        positions = await record(connection, notes(3))
+        token = await record(connection, notes(3))
         for forbidden in ("select 1 from outbox", "delete from outbox", "update outbox_delivery set lane = 1"):
             savepoint = await connection.begin_nested()
             with pytest.raises(DBAPIError) as refusal:
@@ -213,7 +213,7 @@ async def test_an_insert_only_role_can_record(registered: AsyncEngine) -> None:
             assert getattr(refusal.value.orig, "sqlstate", None) == "42501"
             await savepoint.rollback()
         await connection.execute(text("reset role"))
-        assert (await connection.execute(text("select count(*) from outbox"))).scalar_one() == len(positions)
+        assert (await connection.execute(text("select count(*) from outbox"))).scalar_one() == len(token.positions)
         assert (await connection.execute(text("select count(*) from outbox_delivery"))).scalar_one() == 6
         # A role belongs to the whole server; nothing of this must outlive the test.
         await connection.rollback()
@@ -229,7 +229,7 @@ async def test_a_bulk_is_one_event_per_resource_with_tombstones_as_deletes(regis
     ]
     events = SyncEvent.bulk(iter(resources), headers={"actor": "import"})
     async with registered.begin() as connection:
-        positions = await record(connection, events)
+        token = await record(connection, events)
     columns = "resource_type, resource_id, operation, content::text, version, fhir_version"
     assert await rows(registered, f"select {columns} from outbox order by event_id") == [
         ("Note", "1", "update", '{"decimal": 1.50}', "7", None),
@@ -239,14 +239,14 @@ async def test_a_bulk_is_one_event_per_resource_with_tombstones_as_deletes(regis
     assert await rows(registered, "select distinct bulk_id, headers::text from outbox") == [
         (events[0].bulk_id, '{"actor":"import"}')
     ]
-    assert len(positions) == 3
+    assert len(token.positions) == 3
 
 
 async def test_a_bulk_of_ten_thousand_resources_is_recorded_whole(registered: AsyncEngine) -> None:
     bulk = [StoredResource(resource_type="Note", resource_id=f"{n}", content={"n": n}) for n in range(10_000)]
     async with registered.begin() as connection:
-        positions = await record(connection, SyncEvent.bulk(bulk))
-    assert len(set(positions)) == 10_000
+        token = await record(connection, SyncEvent.bulk(bulk))
+    assert len(token.positions) == 10_000
     assert await rows(registered, "select count(*), count(distinct bulk_id) from outbox") == [(10_000, 1)]
 
 
@@ -286,7 +286,7 @@ async def test_another_schema_is_written_to_and_its_name_is_no_way_into_sql(data
     config = SyncConfig(doorbell=False, database_schema="sync")
     await SyncManager(engine, [MemorySecondary()], config=config).register()
     async with engine.begin() as connection:
-        assert len(await record(connection, notes(1), schema="sync")) == 1
+        assert len((await record(connection, notes(1), schema="sync")).positions) == 1
         for hostile in ('public"; drop table sync.outbox; --', "Sync", "", "sync.outbox", "s\N{KELVIN SIGN}"):
             with pytest.raises(SettingsError):
                 await record(connection, notes(1), schema=hostile)

@@ -83,7 +83,9 @@ select secondary.backend_id,
        secondary.superseded + coalesce(recent.superseded, 0) as superseded,
        secondary.retried + coalesce(recent.retried, 0) as retried,
        secondary.rejected + coalesce(recent.rejected, 0) as rejected,
-       secondary.lost + coalesce(recent.lost, 0) as lost
+       secondary.lost + coalesce(recent.lost, 0) as lost,
+       secondary.looked_at,
+       greatest(statement_timestamp() - coalesce(secondary.looked_at, secondary.registered_at), interval '0') as silence
 from {schema}.outbox_secondary as secondary
 left join waiting on waiting.backend_id = secondary.backend_id
 left join oldest_waiting on oldest_waiting.backend_id = secondary.backend_id
@@ -240,6 +242,7 @@ def _create_secondary(schema: str) -> None:
         sa.Column("last_success_at", INSTANT),
         sa.Column("last_error_at", INSTANT),
         sa.Column("last_error_code", sa.Text),
+        sa.Column("looked_at", INSTANT),
         sa.Column("registered_at", INSTANT, nullable=False, server_default=NOW),
         sa.CheckConstraint(
             "role in ('search', 'graph', 'terminology', 'archive', 'cache')", name="outbox_secondary_role_known"

@@ -4,11 +4,20 @@ with writer as materialized (
     select nextval('"public".outbox_event_id_seq') as event_id,
            cast(hashtextextended(tenant_id, 0) & 63 as smallint) as lane,
            hashtextextended(tenant_id || '/' || resource_type || '/' || resource_id, 0) as key_hash,
-           given.*
+           writer.transaction_id, given.*,
+           array(
+               select secondary.backend_id
+               from "public".outbox_secondary as secondary
+               where secondary.status in ('shadow', 'live', 'paused')
+                 and (secondary.tenant_ids is null or given.tenant_id = any (secondary.tenant_ids))
+                 and (secondary.resource_types is null or given.resource_type = any (secondary.resource_types))
+                 and (cast($1 as text[]) is null
+                      or secondary.backend_id = any (cast($1 as text[])))
+           ) as owed_to
     from writer cross join (values (
-        cast($1 as text), cast($2 as text), cast($3 as text), cast($4 as text),
-        cast($5 as text), cast($6 as text), cast($7 as text), cast($8 as uuid),
-        cast($9 as text)
+        cast($2 as text), cast($3 as text), cast($4 as text), cast($5 as text),
+        cast($6 as text), cast($7 as text), cast($8 as text), cast($9 as uuid),
+        cast($10 as text)
     ))
         as given (tenant_id, resource_type, resource_id, operation, version, fhir_version, content, bulk_id, headers)
 ), written as (
@@ -20,12 +29,9 @@ with writer as materialized (
     from event
 ), owed as (
     insert into "public".outbox_delivery (backend_id, lane, event_id, key_hash)
-    select secondary.backend_id, event.lane, event.event_id, event.key_hash
-    from "public".outbox_secondary as secondary
-    cross join event
-    where secondary.status in ('shadow', 'live', 'paused')
-      and (secondary.tenant_ids is null or event.tenant_id = any (secondary.tenant_ids))
-      and (secondary.resource_types is null or event.resource_type = any (secondary.resource_types))
-      and (cast($10 as text[]) is null or secondary.backend_id = any (cast($10 as text[])))
+    select owed.backend_id, event.lane, event.event_id, event.key_hash
+    from event cross join unnest(event.owed_to) as owed (backend_id)
 )
-select event_id, exists (select from "public".outbox_secondary) as anybody from event
+select event_id, owed_to, cast(cast(transaction_id as text) as bigint) as transaction_id,
+       owed_to <> '{}' or exists (select from "public".outbox_secondary) as anybody
+from event

@@ -1,4 +1,26 @@
-select backend_id, status, pending, in_flight, failing, dead, coalesce(lag, interval '0') as lag, breaker,
-       last_success_at, last_error_at, last_error_code, applied, stale, superseded, retried, rejected, lost
-from "public".outbox_lag
-order by backend_id
+select lag.backend_id, lag.status, lag.pending, lag.in_flight, lag.failing, lag.dead,
+       coalesce(lag.lag, interval '0') as lag, lag.breaker, lag.last_success_at, lag.last_error_at, lag.last_error_code,
+       lag.applied, lag.stale, lag.superseded, lag.retried, lag.rejected, lag.lost, lag.looked_at, lag.silence,
+       latest.throughput, latest.endings
+from "public".outbox_lag as lag
+cross join lateral (
+    select cast(
+               coalesce(sum(applied + stale + superseded) filter (where age < interval '1 minute'), 0)
+               / case when count(*) < 100 or max(age) >= interval '1 minute' then 60
+                      else greatest(extract(epoch from max(age)), 0.01) end
+           as double precision) as throughput,
+           coalesce(array_agg(
+               case when applied + stale = 0 then coalesce(error_code, 'unknown') end order by attempt_id desc
+           ) filter (
+               where finished_at is not null
+                 and (applied + stale + retried + rejected + lost > 0 or error_code is not null)
+           ), '{}') as endings
+    from (
+        select attempt.*, statement_timestamp() - attempt.finished_at as age
+        from "public".outbox_attempt as attempt
+        where attempt.backend_id = lag.backend_id
+        order by attempt.attempt_id desc
+        limit 100
+    ) as attempt
+) as latest
+order by lag.backend_id

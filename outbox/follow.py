@@ -1,0 +1,131 @@
+"""Follow: what was committed to the secondaries it is owed to, waiting for some of them, as the mode says.
+
+The commit stands before anything here begins. What is not there by the deadline is accepted and on its way, never
+failed: a relay goes on with it. A caller that is cancelled stops waiting, and nothing else.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import AsyncExitStack
+from datetime import timedelta
+
+import msgspec
+
+from outbox.answer import SyncState, SyncStatus
+from outbox.errors import Unavailable, UnknownSecondary
+from outbox.primary import PRIMARY_FAILED, code_of
+from outbox.register import Registration
+from outbox.relay import Relay
+from outbox.secondaries.base import Refreshable
+from outbox.settings import SyncConfig, SyncMode
+from outbox.token import SyncToken
+from outbox.waiters import Waiters
+
+__all__ = ["Follower"]
+
+_log = logging.getLogger("outbox.follow")
+
+
+class _Refreshing:
+    """One refresh for all who asked before it began."""
+
+    def __init__(self) -> None:
+        self._lock = asyncio.Lock()
+        self._begun = self._ended = 0
+
+    async def refreshed(self, secondary: Refreshable) -> None:
+        asked = self._begun
+        async with self._lock:
+            if self._ended > asked:
+                return
+            self._begun += 1
+            await secondary.refresh()
+            self._ended = self._begun
+
+
+class Follower:
+    """Waits for secondaries on behalf of callers, and lends them a hand: the same lease as any relay takes."""
+
+    def __init__(
+        self, registrations: Sequence[Registration], config: SyncConfig, relay: Relay, waiters: Waiters
+    ) -> None:
+        self._registrations: Mapping[str, Registration] = {each.backend_id: each for each in registrations}
+        self._config = config
+        self._relay = relay
+        self._waiters = waiters
+        self._ready = AsyncExitStack()
+        self._opening = asyncio.Lock()
+        self._opened = False
+        self._pushing: set[asyncio.Task[None]] = set()
+        self._refreshing = {name: _Refreshing() for name in self._registrations}
+
+    def waited_for(self, mode: SyncMode | None) -> set[str]:
+        """Return the secondaries that a writer in this mode waits for; None is what each was registered with."""
+        return {name for name, each in self._registrations.items() if self._waits(mode or each.mode, each)}
+
+    async def follow(self, token: SyncToken, waited_for: set[str], timeout: timedelta) -> list[SyncStatus]:
+        """Return a status for every secondary that is owed something or was named, those not waited for at once."""
+        names = sorted({*token.backend_ids, *waited_for})
+        return await asyncio.gather(*(self._one(name, token, name in waited_for, timeout) for name in names))
+
+    async def show(self, status: SyncStatus, timeout: timedelta) -> SyncStatus:
+        """Return the status once searches see what it speaks of, or with `visible` False at the deadline."""
+        registration = self._registrations.get(status.backend_id)
+        if registration is None:
+            raise UnknownSecondary(status.backend_id, "this manager does not have its adapter, so it cannot refresh it")
+        refreshing = self._refreshing[status.backend_id]
+        visible = status.state.done
+        if visible and isinstance(registration.secondary, Refreshable):
+            try:
+                async with asyncio.timeout(timeout.total_seconds()):
+                    await refreshing.refreshed(registration.secondary)
+            except (TimeoutError, Unavailable):
+                visible = False
+        return msgspec.structs.replace(status, visible=visible)
+
+    async def aclose(self) -> None:
+        """Let what is in hand finish, or hand it back."""
+        await self._ready.aclose()
+        await asyncio.gather(*self._pushing, return_exceptions=True)
+        self._opened = False
+
+    async def _one(self, backend_id: str, token: SyncToken, waited_for: bool, timeout: timedelta) -> SyncStatus:
+        owed = token.owed_to(backend_id)
+        if not owed or not waited_for:
+            state = SyncState.ACCEPTED if owed else SyncState.NOT_OWED
+            return SyncStatus(backend_id, state, events=len(owed))
+        if backend_id in self._registrations:
+            # A task of its own: a caller who goes away must not take a claim with it.
+            pushing = asyncio.create_task(self._push(backend_id, owed, timeout))
+            self._pushing.add(pushing)
+            pushing.add_done_callback(self._pushing.discard)
+        return await self._waiters.wait(backend_id, token, timeout)
+
+    async def _push(self, backend_id: str, owed: Sequence[int], timeout: timedelta) -> None:
+        """Carry what is owed, a batch at a time, for as long as the caller waits."""
+        until, left = time.monotonic() + timeout.total_seconds(), list(owed)
+        try:
+            async with asyncio.timeout(timeout.total_seconds()):
+                await self._open()
+            while left and (seconds := until - time.monotonic()) > 0:
+                page, left = left[: self._config.batch_size], left[self._config.batch_size :]
+                await self._relay.seize(backend_id, page, timedelta(seconds=seconds))
+                self._waiters.look_now(backend_id)
+        except PRIMARY_FAILED as error:
+            _log.warning("%s: could not lend a hand (%s); a relay will carry it", backend_id, code_of(error))
+
+    async def _open(self) -> None:
+        async with self._opening:
+            if not self._opened:
+                await self._ready.enter_async_context(self._relay.lending_hands())
+                self._opened = True
+
+    def _waits(self, mode: SyncMode | None, registration: Registration) -> bool:
+        mode = mode or self._config.mode
+        if mode is SyncMode.HYBRID:
+            return self._config.sync_for_search and registration.role == "search"
+        return mode is SyncMode.SYNCHRONOUS

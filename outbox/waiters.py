@@ -1,0 +1,194 @@
+"""Waiters: any number of callers wait for their own events, and one question at a time goes to the primary."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from contextlib import suppress
+from datetime import timedelta
+
+from sqlalchemy.ext.asyncio import AsyncEngine
+
+from outbox.answer import SyncState, SyncStatus
+from outbox.primary import PRIMARY_FAILED, code_of
+from outbox.token import SyncToken
+from outbox.wait import Asked, Found, fate, history, look
+
+__all__ = ["Waiters"]
+
+_log = logging.getLogger("outbox.wait")
+
+_PAGE = 200
+_SHORTEST_SLEEP, _LONGEST_SLEEP = 0.002, 0.2
+# A caller is looked after again when this share more of its wait is over.
+_PATIENCE = 0.1
+_AFTER_FAILURE = 0.1
+# Whoever is due as soon as this is asked about in the same question.
+_TOGETHER = 0.005
+_FIRST_LOOK = 1.0
+# Of several events the one that is worst off decides.
+_WORST_FIRST = (
+    SyncState.UNKNOWN,
+    SyncState.ROLLED_BACK,
+    SyncState.UNCOMMITTED,
+    SyncState.PRUNED,
+    SyncState.DEAD,
+    SyncState.REMOVED,
+    SyncState.PAUSED,
+    SyncState.FAILING,
+    SyncState.ACCEPTED,
+    SyncState.APPLIED,
+    SyncState.SUPERSEDED,
+)
+
+
+class _Waiter:
+    """One caller and one secondary."""
+
+    def __init__(self, backend_id: str, token: SyncToken) -> None:
+        self.backend_id = backend_id
+        self.since = self.next_look = time.monotonic()
+        # Which transaction each position came from: asked about when the event is not found.
+        self.transactions = {
+            position: each.transaction_id
+            for each in token.recorded
+            if backend_id in each.backend_ids
+            for position in each.positions
+        }
+        self.left = sorted(self.transactions)
+        self.events = len(self.left)
+        self.doubtful: set[int] = set()
+        self.worst = Found(SyncState.ACCEPTED)
+        self.looked = asyncio.Event()
+        self.ended: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+
+    @property
+    def page(self) -> list[Asked]:
+        """What to ask next: a bulk of any size costs a look no more than this."""
+        return [(self.backend_id, position) for position in self.left[:_PAGE]]
+
+    def learn(self, found: dict[Asked, Found], fates: dict[int, SyncState]) -> None:
+        """Take in a look at `page`; `fates` are those of transactions that were asked about before it."""
+        page, rest = self.left[:_PAGE], self.left[_PAGE:]
+        told = {position: self._told(position, found, fates) for position in page}
+        undone = [position for position in page if not told[position].state.done]
+        self.left = rest + undone
+        self.worst = min((told[position] for position in page), key=lambda each: _WORST_FIRST.index(each.state))
+        if self.left and self.worst.state.done:
+            self.worst = Found(SyncState.ACCEPTED)
+        now = time.monotonic()
+        pause = 0.0 if self.doubtful or not undone else _PATIENCE * (now - self.since)
+        self.next_look = now + min(max(pause, _SHORTEST_SLEEP), _LONGEST_SLEEP)
+        if not self.doubtful - fates.keys():
+            self.looked.set()
+        if not self.worst.state.waits and not self.ended.done():
+            self.ended.set_result(None)
+
+    def _told(self, position: int, found: dict[Asked, Found], fates: dict[int, SyncState]) -> Found:
+        told = found[self.backend_id, position]
+        if told.state is not SyncState.UNKNOWN:
+            return told
+        # Not there. A transaction that had ended before we looked says why; one that might have ended meanwhile not.
+        transaction_id = self.transactions[position]
+        if transaction_id in fates:
+            return Found(fates[transaction_id])
+        self.doubtful.add(transaction_id)
+        return Found(SyncState.ACCEPTED)
+
+    def status(self, *, timed_out: bool = False) -> SyncStatus:
+        state = SyncState.TIMED_OUT if timed_out and self.worst.state is SyncState.ACCEPTED else self.worst.state
+        return SyncStatus(
+            self.backend_id,
+            state,
+            self.worst.attempts,
+            timedelta(seconds=time.monotonic() - self.since),
+            self.worst.error_code,
+            self.events,
+            self.events - len(self.left),
+        )
+
+
+class Waiters:
+    """Everybody in this process who waits on one primary; they take one connection together, while there are any."""
+
+    def __init__(self, engine: AsyncEngine, schema: str) -> None:
+        self._engine = engine.execution_options(isolation_level="AUTOCOMMIT")
+        self._schema = schema
+        self._waiting: set[_Waiter] = set()
+        self._looking: asyncio.Task[None] | None = None
+        self._bell = asyncio.Event()
+
+    async def wait(self, backend_id: str, token: SyncToken, timeout: timedelta) -> SyncStatus:
+        """Return once the secondary has all that is owed to it, or never will by itself, or at the deadline.
+
+        Looks once however short the time is. Never raises for a primary that does not answer: then nothing is known.
+        """
+        waiter = _Waiter(backend_id, token)
+        if not waiter.left:
+            return SyncStatus(backend_id, SyncState.NOT_OWED, events=0)
+        self._waiting.add(waiter)
+        self._start()
+        try:
+            async with asyncio.timeout(timeout.total_seconds() or _FIRST_LOOK):
+                await (waiter.ended if timeout else waiter.looked.wait())
+        except TimeoutError:
+            pass
+        finally:
+            self._waiting.discard(waiter)
+        return waiter.status(timed_out=bool(timeout))
+
+    def look_now(self, backend_id: str) -> None:
+        """Ask at once for those who wait on this secondary: something was settled in this process."""
+        for waiter in self._waiting:
+            if waiter.backend_id == backend_id:
+                waiter.next_look = time.monotonic()
+        self._bell.set()
+
+    def _start(self) -> None:
+        if self._looking is None or self._looking.done():
+            self._looking = asyncio.create_task(self._look_on())
+            self._looking.add_done_callback(self._ended)
+        self._bell.set()
+
+    def _ended(self, looking: asyncio.Task[None]) -> None:
+        """Let a defect reach those who wait, rather than leave them to their deadlines."""
+        if not looking.cancelled() and (error := looking.exception()) is not None:
+            for waiter in self._waiting:
+                if not waiter.ended.done():
+                    waiter.ended.set_exception(error)
+
+    async def _look_on(self) -> None:
+        while self._waiting:
+            try:
+                await self._look_once()
+            except PRIMARY_FAILED as error:
+                _log.warning("looking for what is waited for failed (%s)", code_of(error))
+                await asyncio.sleep(_AFTER_FAILURE)
+            await self._pause()
+
+    async def _look_once(self) -> None:
+        soon = time.monotonic() + _TOGETHER
+        waiters = [each for each in self._waiting if each.next_look <= soon]
+        if not waiters:
+            return
+        asked = sorted({pair for waiter in waiters for pair in waiter.page})
+        doubtful = sorted({transaction_id for waiter in waiters for transaction_id in waiter.doubtful})
+        async with self._engine.connect() as connection:
+            fates = {each: await fate(connection, self._schema, each) for each in doubtful}
+            found = await look(connection, self._schema, asked)
+            if done := [pair for pair, each in found.items() if each.state.done]:
+                found |= await history(connection, self._schema, done)
+        for waiter in waiters:
+            waiter.learn(found, fates)
+        # Here and not only where they wait: whoever has an answer must not keep the others' loop from sleeping.
+        self._waiting -= {waiter for waiter in waiters if waiter.ended.done()}
+
+    async def _pause(self) -> None:
+        """Sleep until somebody is due, or somebody new came."""
+        self._bell.clear()
+        if not (due := [each.next_look for each in self._waiting]):
+            return
+        with suppress(TimeoutError):
+            async with asyncio.timeout(max(min(due) - time.monotonic(), 0.0)):
+                await self._bell.wait()
