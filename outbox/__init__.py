@@ -1,6 +1,7 @@
 """A transactional outbox on PostgreSQL that keeps secondary backends equal to the primary, and proves it."""
 
 from outbox.answer import SyncResult, SyncState, SyncStatus
+from outbox.bulk import BulkStatus, FailedResource
 from outbox.errors import (
     InvalidEvent,
     InvalidToken,
@@ -37,7 +38,9 @@ from outbox.token import SyncToken
 __all__ = [
     "Applied",
     "BackendSyncStatus",
+    "BulkStatus",
     "Drift",
+    "FailedResource",
     "Failure",
     "FhirVersion",
     "Health",

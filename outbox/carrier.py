@@ -146,7 +146,7 @@ class Carrier:
             self._say_looked_at = now + every.total_seconds()
 
     async def _seize(self, positions: Sequence[int]) -> list[Opened] | None:
-        """Open an attempt of these events; an empty list says that there is nothing to take, None that it is not our turn."""
+        """Open an attempt of these events; an empty list says that none can be taken, None that it is not our turn."""
         schema, backend_id = self._config.database_schema, self.backend_id
         async with self._primary.connection() as connection, connection.transaction():
             turn = await take_turn(connection, schema, backend_id)

@@ -135,15 +135,18 @@ class SyncEvent(msgspec.Struct, frozen=True, gc=False):
         tenant_id: str = "default",
         headers: Mapping[str, str] | None = None,
         limits: Limits = DEFAULT_LIMITS,
+        bulk_id: UUID | None = None,
+        start: int = 0,
     ) -> list[Self]:
-        """Return one event per resource, all with one new `bulk_id`; a tombstone becomes a delete.
+        """Return one event per resource, all with one `bulk_id` (a new one); a tombstone becomes a delete.
 
+        A bulk that comes in parts gives each its `bulk_id` and says where the part starts, for errors to name.
         Raises `InvalidEvent` before anything is returned when a resource is invalid or of another tenant.
         """
-        bulk_id = uuid4()
+        group = bulk_id or uuid4()
         return [
-            cls._of_bulk(index, resource, tenant_id, bulk_id, headers, limits)
-            for index, resource in enumerate(resources)
+            cls._of_bulk(index, resource, tenant_id, group, headers, limits)
+            for index, resource in enumerate(resources, start)
         ]
 
     @property

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import AsyncIterable, Callable, Collection, Iterable, Mapping, Sequence
 from datetime import timedelta
 from typing import Any
+from uuid import UUID, uuid4
 
 from sqlalchemy import Engine
 from sqlalchemy.ext.asyncio import AsyncEngine
 
 from outbox.answer import SyncResult, SyncState, SyncStatus
+from outbox.bulk import BulkStatus, bulk_statuses, record_bulk
 from outbox.capture import Tracking
 from outbox.errors import SettingsError, UnknownSecondary
-from outbox.event import SyncEvent
+from outbox.event import StoredResource, SyncEvent
 from outbox.follow import Follower
 from outbox.health import Checkup, Health, Roll
 from outbox.reconcile import ReconciliationResult, SyncReconciler
@@ -109,6 +111,35 @@ class SyncManager:
         within = _duration(timeout, self.config.sync_timeout)
         token = what if isinstance(what, SyncToken) else await self._record(what)
         return await self._follower.follow(token, waited_for & {*token.backend_ids, *(backends or ())}, within)
+
+    async def sync_bulk(
+        self,
+        resources: Iterable[StoredResource] | AsyncIterable[StoredResource],
+        *,
+        tenant_id: str = "default",
+        headers: Mapping[str, str] | None = None,
+    ) -> tuple[UUID, SyncToken]:
+        """Record one event for each resource, all in one transaction of their own, in bounded memory.
+
+        A tombstone becomes a delete. Returns the bulk's id, for `bulk_status`, and its token, for `sync` or
+        `wait_for_sync`. Raises `InvalidEvent`, with nothing written, when a resource is invalid or of another tenant.
+        """
+        bulk_id = uuid4()
+        async with self.engine.begin() as connection:
+            token = await record_bulk(
+                connection,
+                self.config.database_schema,
+                resources,
+                tenant_id=tenant_id,
+                bulk_id=bulk_id,
+                headers=headers,
+            )
+        self.ring()
+        return bulk_id, token
+
+    async def bulk_status(self, bulk_id: UUID, most: int = 100) -> list[BulkStatus]:
+        """Return what became of a bulk on every secondary, with up to `most` of the resources that failed."""
+        return await bulk_statuses(self.engine, self.config.database_schema, bulk_id, most)
 
     async def wait_for_sync(
         self,

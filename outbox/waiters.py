@@ -19,7 +19,7 @@ __all__ = ["Waiters"]
 
 _log = logging.getLogger("outbox.wait")
 
-_PAGE = 200
+_PAGE = 500
 _SHORTEST_SLEEP, _LONGEST_SLEEP = 0.002, 0.2
 # A caller is looked after again when this share more of its wait is over.
 _PATIENCE = 0.1
@@ -177,7 +177,8 @@ class Waiters:
         async with self._engine.connect() as connection:
             fates = {each: await fate(connection, self._schema, each) for each in doubtful}
             found = await look(connection, self._schema, asked)
-            if done := [pair for pair, each in found.items() if each.state.done]:
+            ending = {pair for waiter in waiters if len(waiter.left) <= _PAGE for pair in waiter.page}
+            if done := [pair for pair in ending if found[pair].state.done]:
                 found |= await history(connection, self._schema, done)
         for waiter in waiters:
             waiter.learn(found, fates)

@@ -139,6 +139,9 @@ def _create_outbox(schema: str) -> None:
         ),
         schema=schema,
     )
+    op.create_index(
+        "outbox_bulk", "outbox", ["bulk_id"], schema=schema, postgresql_where=sa.text("bulk_id is not null")
+    )
 
 
 def _create_delivery(schema: str) -> None:

@@ -7,13 +7,17 @@ with recent as materialized (
         select * from "public".outbox_attempt as attempt
         where attempt.backend_id = secondary.backend_id
         order by attempt.attempt_id desc
-        limit 256
+        limit 100
     ) as attempt
     cross join lateral unnest(attempt.event_ids, attempt.key_hashes) as owed (event_id, key_hash)
     where secondary.backend_id = any (cast($1 as text[])) and attempt.released < cardinality(attempt.event_ids)
+      and exists (
+          select from unnest(attempt.event_ids) as owed (event_id)
+          where owed.event_id = any (cast($2 as bigint[]))
+      )
 )
 select asked.backend_id, asked.event_id, count(*) as attempts,
        (array_agg(recent.passed order by recent.attempt_id desc))[1] as superseded
-from unnest(cast($2 as text[]), cast($3 as bigint[])) as asked (backend_id, event_id)
+from unnest(cast($3 as text[]), cast($2 as bigint[])) as asked (backend_id, event_id)
 join recent on recent.backend_id = asked.backend_id and recent.event_id = asked.event_id
 group by asked.backend_id, asked.event_id
