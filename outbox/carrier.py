@@ -84,6 +84,8 @@ class Carrier:
 
     async def run_once(self) -> int:
         """Carry one batch; return how many deliveries it held, 0 when nothing was due."""
+        # Held keys count as due here, however short ago they were looked at.
+        self._resume_at = 0.0
         while (attempts := await self._claim(1)) is None:
             await self._rung(_SHORTEST_SLEEP)
         return sum([await self.hands.take(attempt) for attempt in attempts])

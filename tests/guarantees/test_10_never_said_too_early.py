@@ -240,6 +240,25 @@ async def test_log_order_says_done_event_by_event(primary: AsyncEngine) -> None:
         assert await manager.wait_for_sync(token, timeout=0)
 
 
+async def test_log_order_says_done_of_what_fitted_into_an_attempt_and_not_of_the_rest(primary: AsyncEngine) -> None:
+    """O9: a hold that owes more than a batch stands for what it still owes, and no longer for what went out."""
+    secondary = ScriptedSecondary("search")
+    manager = manager_of(
+        primary, Registration(secondary, ordering="log"), batch_size=2, retry_initial=600, retry_max=600
+    )
+    await manager.register()
+    tokens = [await written(manager, change("1", value)) for value in range(5)]
+    secondary.script("1", Retry("busy"))
+    await manager.relay().drain()
+    await execute(primary, "update outbox_hold set next_attempt_at = now()")
+    assert await manager.relay().run_once("search") == 2
+    states = [(await manager.wait_for_sync(token, timeout=0))["search"].state for token in tokens]
+    assert states == [SyncState.APPLIED] * 2 + [SyncState.ACCEPTED] * 3
+    await manager.relay().drain()
+    for token in tokens:
+        assert await manager.wait_for_sync(token, timeout=0)
+
+
 async def test_attempts_and_superseding_are_told_as_they_were(primary: AsyncEngine) -> None:
     """D46: counted by the database, and not made up; an event that another stood for says so."""
     secondary, manager = await one(primary)
