@@ -98,9 +98,9 @@ async def _bisect(
         outcomes = await secondary.apply([events[index] for index in chosen])
     except (Unavailable, TimeoutError):
         raise
-    except (Exception, asyncio.CancelledError) as error:
-        # The one place that catches all: it turns it into an outcome. Being cancelled ourselves is not one.
-        if isinstance(error, asyncio.CancelledError) and _cancelled():
+    except BaseException as error:
+        # The one place that catches all: it turns it into an outcome. A panic of a Rust extension is no `Exception`.
+        if _not_of_the_adapter(error):
             raise
         if len(chosen) == 1:
             results[chosen[0]] = _unexplained(secondary, error)
@@ -112,9 +112,12 @@ async def _bisect(
         results[index] = outcome
 
 
-def _cancelled() -> bool:
-    task = asyncio.current_task()
-    return task is not None and task.cancelling() > 0
+def _not_of_the_adapter(error: BaseException) -> bool:
+    """Whether we are cancelled ourselves, or the process is told to end."""
+    if isinstance(error, asyncio.CancelledError):
+        task = asyncio.current_task()
+        return task is not None and task.cancelling() > 0
+    return isinstance(error, (KeyboardInterrupt, SystemExit, GeneratorExit))
 
 
 def _trusted(outcomes: object, expected: int) -> Sequence[Outcome]:
@@ -141,7 +144,10 @@ async def _after_timeout(secondary: Secondary, results: list[Result | None]) -> 
         try:
             async with asyncio.timeout(_CHECK_TIMEOUT):
                 await secondary.check()
-        except Exception as error:  # noqa: BLE001 - however it fails to answer, it is not there
+        except BaseException as error:
+            # However it fails to answer, it is not there.
+            if _not_of_the_adapter(error):
+                raise
             _log.info("secondary %s does not answer a check (%s)", secondary.backend_id, type(error).__name__)
         else:
             return Dispatched(_filled(results, _HUNG))

@@ -18,8 +18,8 @@ __all__ = ["SEIZE", "seize"]
 # busy      keys in some open attempt: nobody may start another event of them
 # asked     the events that are wanted, with where their deliveries would be
 # mine      of their keys, up to where each is wanted
-# ahead     everything that lies before them in their lanes, as far as a batch goes: earlier events of a key go first
-# fresh     what of that is of their keys; nothing of a lane in which they lie too deep, or of a key that is held
+# ahead     what lies before them in their lanes, no further than a batch: what lies deeper comes when it is its turn
+# fresh     what of that is of their keys, earlier events first, and none of a key that is held
 # gone      what was really there to take
 SEIZE = Statement("""
 with busy as materialized (
@@ -43,22 +43,20 @@ with busy as materialized (
     ) as delivery
     group by asked.lane, asked.key_hash
 ), ahead as materialized (
-    select lane.lane, delivery.row_id, delivery.event_id, delivery.key_hash, delivery.place
+    select lane.lane, delivery.row_id, delivery.event_id, delivery.key_hash
     from (select lane, max(last_id) as last_id from mine group by lane) as lane
     cross join lateral (
-        select delivery.ctid as row_id, delivery.event_id, delivery.key_hash,
-               row_number() over (order by delivery.event_id) as place
+        select delivery.ctid as row_id, delivery.event_id, delivery.key_hash
         from {schema}.outbox_delivery as delivery
         where delivery.backend_id = :backend_id and delivery.lane = lane.lane and delivery.event_id <= lane.last_id
           and delivery.event_id > (cast(:floors as bigint[]))[lane.lane + 1]
         order by delivery.event_id
-        limit cast(:batch_size as integer) + 1
+        limit cast(:batch_size as integer)
     ) as delivery
 ), fresh as materialized (
     select ahead.row_id
     from ahead join mine on mine.lane = ahead.lane and mine.key_hash = ahead.key_hash and mine.last_id >= ahead.event_id
-    where ahead.lane not in (select lane from ahead where place > cast(:batch_size as integer))
-      and ahead.key_hash not in (select key_hash from busy)
+    where ahead.key_hash not in (select key_hash from busy)
       and not exists (
           select from {schema}.outbox_hold as hold
           where hold.backend_id = :backend_id and hold.key_hash = ahead.key_hash
@@ -95,8 +93,8 @@ async def seize(
 ) -> int | None:
     """Open an attempt of these events and the earlier ones of their keys; return its id, None if none can be taken.
 
-    Nothing can be when others have them in hand, when their keys are held, or when more than a batch lies before them
-    in their lane: then they come when it is their turn. Runs in the transaction of `take_turn`.
+    Nothing can be when others have them in hand, when their keys are held, or when a batch or more lies before them in
+    their lane. Runs in the transaction of `take_turn`.
     """
     parameters = {
         "backend_id": backend_id,

@@ -137,6 +137,25 @@ async def test_a_bulk_can_be_waited_for_like_anything_else(primary: AsyncEngine)
     await manager.aclose()
 
 
+async def test_what_is_done_of_it_is_not_the_whole(primary: AsyncEngine) -> None:
+    """W1: a look at a part in which everything is done says nothing of the rest, and one that is dead is the answer."""
+    secondary = ScriptedSecondary("search")
+    manager = manager_of(primary, secondary, batch_size=900)
+    await manager.register()
+    bulk_id, token = await manager.sync_bulk(resources(1_000))
+    assert await manager.relay().run_once("search") == 900
+    (status,) = await manager.wait_for_sync(token, timeout=0)
+    assert (status.state, status.synced, status.events) == (SyncState.ACCEPTED, False, 1_000)
+    (status,) = await manager.wait_for_sync(token, timeout=0.5)
+    assert (status.state, status.done) == (SyncState.TIMED_OUT, 900)
+    secondary.always("950", Rejected("malformed"))
+    await manager.relay().drain()
+    (status,) = await manager.wait_for_sync(token, timeout=5)
+    assert (status.state, status.error_code) == (SyncState.DEAD, "malformed")
+    (bulk,) = await manager.bulk_status(bulk_id)
+    assert (bulk.done, bulk.dead) == (999, 1)
+
+
 async def test_a_hundred_thousand_resources_in_bounded_memory(primary: AsyncEngine) -> None:
     """D8: written, carried and waited for; what is held at once does not grow with the bulk."""
     count, delivered = 100_000, 0

@@ -19,22 +19,20 @@ with busy as materialized (
     ) as delivery
     group by asked.lane, asked.key_hash
 ), ahead as materialized (
-    select lane.lane, delivery.row_id, delivery.event_id, delivery.key_hash, delivery.place
+    select lane.lane, delivery.row_id, delivery.event_id, delivery.key_hash
     from (select lane, max(last_id) as last_id from mine group by lane) as lane
     cross join lateral (
-        select delivery.ctid as row_id, delivery.event_id, delivery.key_hash,
-               row_number() over (order by delivery.event_id) as place
+        select delivery.ctid as row_id, delivery.event_id, delivery.key_hash
         from "public".outbox_delivery as delivery
         where delivery.backend_id = $1 and delivery.lane = lane.lane and delivery.event_id <= lane.last_id
           and delivery.event_id > (cast($4 as bigint[]))[lane.lane + 1]
         order by delivery.event_id
-        limit cast($5 as integer) + 1
+        limit cast($5 as integer)
     ) as delivery
 ), fresh as materialized (
     select ahead.row_id
     from ahead join mine on mine.lane = ahead.lane and mine.key_hash = ahead.key_hash and mine.last_id >= ahead.event_id
-    where ahead.lane not in (select lane from ahead where place > cast($5 as integer))
-      and ahead.key_hash not in (select key_hash from busy)
+    where ahead.key_hash not in (select key_hash from busy)
       and not exists (
           select from "public".outbox_hold as hold
           where hold.backend_id = $1 and hold.key_hash = ahead.key_hash
