@@ -70,6 +70,11 @@ def spread(values: Sequence[float]) -> str:
     return f"{statistics.median(values):10.2f}  ({min(values):.2f} to {max(values):.2f})"
 
 
+def percentile(values: Sequence[float], percent: int) -> float:
+    """The value that so many in a hundred do not exceed."""
+    return sorted(values)[-(-len(values) * percent // 100) - 1]
+
+
 @dataclass(frozen=True, slots=True)
 class Row:
     """One line of the table: what was measured, once per run, and what it should be. Without a bound it informs."""

@@ -22,6 +22,7 @@ from outbox.event import FhirVersion, Operation, StoredResource, SyncEvent
 from outbox.headers import headers
 from outbox.health import Health, HealthPart
 from outbox.manager import SyncManager
+from outbox.operate import Which
 from outbox.reconcile import Drift, ReconciliationResult, SyncReconciler
 from outbox.record import record
 from outbox.register import Registration
@@ -85,6 +86,7 @@ __all__ = [
     "Unavailable",
     "UnknownSecondary",
     "UntrackedWrite",
+    "Which",
     "headers",
     "record",
 ]

@@ -26,6 +26,8 @@ class SyncState(StrEnum):
     """It failed, and is tried again by itself."""
     DEAD = "dead"
     """It failed for good; a newer event of its key, or a redrive, is what helps."""
+    DISCARDED = "discarded"
+    """An operator gave it up."""
     PAUSED = "paused"
     """The secondary is paused and does not have it yet."""
     REMOVED = "removed"

@@ -32,6 +32,7 @@ with member as materialized (
            case when delivery.event_id is not null then 'pending'
                 when hold.state in ('dead', 'retrying') then hold.state
                 when hold.state is not null or in_hand.event_id is not null then 'pending'
+                when discarded.event_id is not null then 'discarded'
                 else 'done' end as state
     from {schema}.outbox_secondary as secondary
     cross join member
@@ -42,6 +43,9 @@ with member as materialized (
       on hold.backend_id = secondary.backend_id and hold.key_hash = member.key_hash
      and hold.tenant_id = member.tenant_id and hold.resource_type = member.resource_type
      and hold.resource_id = member.resource_id and hold.oldest_id <= member.event_id
+    left join {schema}.outbox_discarded as discarded
+      on discarded.backend_id = secondary.backend_id and discarded.key_hash = member.key_hash
+     and member.event_id between discarded.oldest_id and discarded.event_id
     left join in_hand on in_hand.backend_id = secondary.backend_id and in_hand.event_id = member.event_id
     where secondary.status <> 'removed'
       and (secondary.tenant_ids is null or member.tenant_id = any (secondary.tenant_ids))
@@ -53,7 +57,7 @@ BULK = Statement(
     _MEMBERS
     + """select backend_id, count(*) as events, count(*) filter (where state = 'done') as done,
        count(*) filter (where state = 'pending') as pending, count(*) filter (where state = 'retrying') as failing,
-       count(*) filter (where state = 'dead') as dead
+       count(*) filter (where state = 'dead') as dead, count(*) filter (where state = 'discarded') as discarded
 from told group by backend_id order by backend_id
 """
 )
@@ -82,7 +86,7 @@ class FailedResource(msgspec.Struct, frozen=True):
 class BulkStatus(msgspec.Struct, frozen=True):
     """What became of a bulk on one secondary: exact counts of its events in one snapshot, and some that failed.
 
-    `events` is the sum of `done`, `pending`, `failing` and `dead`; events that were pruned since are no longer counted.
+    `events` is the sum of `done`, `pending`, `failing`, `dead` and `discarded`; what was pruned since is not counted.
     """
 
     backend_id: str
@@ -91,6 +95,7 @@ class BulkStatus(msgspec.Struct, frozen=True):
     pending: int
     failing: int
     dead: int
+    discarded: int
     failed: tuple[FailedResource, ...] = ()
 
     @property

@@ -24,7 +24,7 @@ from outbox.resume import resume
 from outbox.retry import RetryPolicy
 from outbox.seize import seize
 from outbox.settings import SyncConfig
-from outbox.turn import Turn, say_looked, take_turn
+from outbox.turn import Turn, say_looked, set_back, take_turn
 
 if TYPE_CHECKING:
     import asyncpg
@@ -125,6 +125,11 @@ class Carrier:
         async with self._primary.connection() as connection, connection.transaction():
             turn = await take_turn(connection, schema, backend_id)
             if turn is None:
+                return None
+            # What is less is over in a lease, and a clock may be corrected a little at any time.
+            if turn.ahead > self._config.lease:
+                _log.warning("%s: the primary's clock was set back by %.0f s", backend_id, turn.ahead.total_seconds())
+                await set_back(connection, schema, backend_id, turn)
                 return None
             await self._say_looked(connection)
             if turn.status in ("paused", "removed"):

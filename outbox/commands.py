@@ -13,16 +13,18 @@ from msgspec.structs import asdict
 
 from outbox import errands
 from outbox.errors import SettingsError
+from outbox.failure_commands import failures
 from outbox.health import reasons_in
 from outbox.interrupt import until_signal
 from outbox.migrate import migration_sql
+from outbox.options import App, Backend, Config, Dsn, Json, Schema
 from outbox.reach import manager_of, place_of, tables_of
 from outbox.reconcile import ReconciliationResult
-from outbox.render import console, drift_table, drift_text, failure_table, json_text, status_table
+from outbox.render import console, drift_table, drift_text, json_text, status_table
 from outbox.settings import SyncConfig
 from outbox.status import lag_text
 
-__all__ = ["app", "demo", "list_failures", "migrate_tables", "reconcile", "relay", "status"]
+__all__ = ["app", "demo", "migrate_tables", "pause", "reconcile", "relay", "resume", "status"]
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -32,28 +34,11 @@ app = typer.Typer(
     help="Keep secondaries equal to a PostgreSQL primary, and prove it.",
 )
 
-_App = Annotated[
-    str | None,
-    typer.Option("--app", envvar="OUTBOX_APP", metavar="MODULE:ATTRIBUTE", help="Your SyncManager, found from here."),
-]
-_Config = Annotated[
-    Path | None,
-    typer.Option("--config", envvar="OUTBOX_CONFIG", metavar="FILE", help="A TOML file that describes the manager."),
-]
-_Dsn = Annotated[
-    str | None,
-    typer.Option("--dsn", envvar="OUTBOX_DSN", metavar="URL", help="The primary: postgresql://user@host/database."),
-]
-_Schema = Annotated[
-    str | None, typer.Option("--schema", metavar="NAME", help="The schema of the outbox tables.  [default: public]")
-]
-_Json = Annotated[bool, typer.Option("--json", help="Print JSON for programs.")]
-
 
 @app.command(name="migrate")
 def migrate_tables(
-    dsn: _Dsn = None,
-    schema: _Schema = None,
+    dsn: Dsn = None,
+    schema: Schema = None,
     *,
     sql: Annotated[bool, typer.Option("--sql", help="Print the SQL and connect to nothing.")] = False,
 ) -> None:
@@ -70,8 +55,8 @@ def migrate_tables(
 
 @app.command()
 def relay(
-    app: _App = None,
-    config: _Config = None,
+    app: App = None,
+    config: Config = None,
     *,
     drain: Annotated[bool, typer.Option("--drain", help="Carry until nothing is due, then end.")] = False,
 ) -> None:
@@ -84,10 +69,10 @@ def relay(
 
 @app.command()
 def status(
-    app: _App = None,
-    config: _Config = None,
-    dsn: _Dsn = None,
-    schema: _Schema = None,
+    app: App = None,
+    config: Config = None,
+    dsn: Dsn = None,
+    schema: Schema = None,
     *,
     max_lag: Annotated[
         float | None,
@@ -98,7 +83,7 @@ def status(
             help="The oldest that an owed delivery may be.  [default: unhealthy_lag of the settings]",
         ),
     ] = None,
-    json: _Json = False,
+    json: Json = False,
 ) -> None:
     """Show how far behind each secondary is, and what is wrong with it.
 
@@ -123,39 +108,35 @@ def status(
     _exit(int(bool(reasons)))
 
 
-@app.command(name="failures")
-def list_failures(
-    app: _App = None,
-    config: _Config = None,
-    dsn: _Dsn = None,
-    schema: _Schema = None,
-    *,
-    backend: Annotated[str | None, typer.Option("--backend", metavar="NAME", help="Only this secondary's.")] = None,
-    most: Annotated[int, typer.Option("--most", min=1, help="How many to list.")] = 100,
-    json: _Json = False,
-) -> None:
-    """List the keys that failed: dead ones first, then those that will be tried again."""
-    found = asyncio.run(errands.look_at_failures(tables_of(app, config, dsn, schema), backend, most))
-    if json:
-        typer.echo(json_text({"failures": found}))
-    elif found:
-        console().print(failure_table(found))
-    else:
-        typer.echo("Nothing fails.")
+app.add_typer(failures, name="failures")
+
+
+@app.command()
+def pause(backend: Backend, app: App = None, config: Config = None, dsn: Dsn = None, schema: Schema = None) -> None:
+    """Carry nothing more to a secondary; what is owed to it is kept, and grows."""
+    asyncio.run(errands.pause(tables_of(app, config, dsn, schema), backend))
+    typer.echo(f"{backend} is paused; outbox resume {backend} goes on with it")
+
+
+@app.command()
+def resume(backend: Backend, app: App = None, config: Config = None, dsn: Dsn = None, schema: Schema = None) -> None:
+    """Carry again to a secondary that was paused."""
+    asyncio.run(errands.resume(tables_of(app, config, dsn, schema), backend))
+    typer.echo(f"{backend} is live")
 
 
 @app.command()
 def reconcile(
-    backend: Annotated[str, typer.Argument(metavar="BACKEND", help="The secondary to compare with the primary.")],
-    app: _App = None,
-    config: _Config = None,
+    backend: Backend,
+    app: App = None,
+    config: Config = None,
     tenant: Annotated[str | None, typer.Option("--tenant", help="Only this tenant.")] = None,
     resource_type: Annotated[str | None, typer.Option("--type", help="Only this resource type.")] = None,
     *,
     repair: Annotated[
         bool, typer.Option("--repair/--dry-run", help="Record events that restore what differs, or only tell.")
     ] = False,
-    json: _Json = False,
+    json: Json = False,
 ) -> None:
     """Compare a secondary with the primary, and repair it through the outbox if told to.
 

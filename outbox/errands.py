@@ -12,12 +12,24 @@ from sqlalchemy import Connection
 from outbox.errors import UnknownSecondary
 from outbox.manager import SyncManager
 from outbox.migrate import check_schema, migrate
+from outbox.operate import Which
 from outbox.reach import Tables, Unreached, place_of, reached
 from outbox.reconcile import ReconciliationResult
 from outbox.relay import Relay
 from outbox.status import BackendSyncStatus, Failure, failures, statuses
 
-__all__ = ["carry", "drain", "look_at_failures", "look_at_status", "migrate_tables", "reconcile"]
+__all__ = [
+    "carry",
+    "discard",
+    "drain",
+    "look_at_failures",
+    "look_at_status",
+    "migrate_tables",
+    "pause",
+    "reconcile",
+    "redrive",
+    "resume",
+]
 
 _log = logging.getLogger("outbox.cli")
 
@@ -59,11 +71,32 @@ async def look_at_status(tables: Tables) -> list[BackendSyncStatus]:
 async def look_at_failures(tables: Tables, backend: str | None, most: int) -> list[Failure]:
     """Return up to `most` failures. Raises `SchemaMissing`, and `UnknownSecondary` for a name nobody registered."""
     async with reached(tables.engine):
-        await check_schema(tables.engine, tables.schema)
-        known = [each.backend_id for each in await statuses(tables.engine, tables.config)]
-        if backend not in (None, *known):
-            raise UnknownSecondary(str(backend), f"the registry has {', '.join(known) or 'none'}")
+        await _check_known(tables, backend)
         return await failures(tables.engine, tables.schema, backend, most)
+
+
+async def redrive(tables: Tables, which: Which, *, dry_run: bool) -> int:
+    """Make failures due, or only count them. Raises `SchemaMissing`, and `UnknownSecondary` as `look_at_failures`."""
+    async with _operating(tables, which) as manager:
+        return await manager.redrive(which, dry_run=dry_run)
+
+
+async def discard(tables: Tables, which: Which, reason: str, *, dry_run: bool) -> int:
+    """Give failures up, or only count them. Raises what `redrive` does, and `SettingsError` for a bad reason."""
+    async with _operating(tables, which) as manager:
+        return await manager.discard(which, reason=reason, dry_run=dry_run)
+
+
+async def pause(tables: Tables, backend: str) -> None:
+    """Pause a secondary. Raises `SchemaMissing` and `UnknownSecondary`."""
+    async with _operating(tables, Which(backend)) as manager:
+        await manager.pause(backend)
+
+
+async def resume(tables: Tables, backend: str) -> None:
+    """Let a secondary go on. Raises `SchemaMissing` and `UnknownSecondary`."""
+    async with _operating(tables, Which(backend)) as manager:
+        await manager.resume(backend)
 
 
 async def reconcile(
@@ -83,6 +116,23 @@ async def reconcile(
             return await manager.reconcile(backend, tenant_id=tenant, resource_type=resource_type, repair=repair)
     finally:
         await manager.aclose()
+
+
+@asynccontextmanager
+async def _operating(tables: Tables, which: Which) -> AsyncIterator[SyncManager]:
+    """A manager without secondaries of its own: what an operator does needs none."""
+    manager = SyncManager(tables.engine, config=tables.config)
+    async with reached(tables.engine):
+        await _check_known(tables, which.backend_id)
+        yield manager
+        await manager.aclose()
+
+
+async def _check_known(tables: Tables, backend: str | None) -> None:
+    await check_schema(tables.engine, tables.schema)
+    known = [each.backend_id for each in await statuses(tables.engine, tables.config)]
+    if backend not in (None, *known):
+        raise UnknownSecondary(str(backend), f"the registry has {', '.join(known) or 'none'}")
 
 
 @asynccontextmanager

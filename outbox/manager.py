@@ -19,6 +19,7 @@ from outbox.errors import SettingsError, UnknownSecondary
 from outbox.event import StoredResource, SyncEvent
 from outbox.follow import Follower
 from outbox.health import Checkup, Health, Roll
+from outbox.operate import Operator
 from outbox.reconcile import ReconciliationResult, SyncReconciler
 from outbox.record import record
 from outbox.register import Registration, register
@@ -39,7 +40,7 @@ _BETWEEN_LOOKS = 0.02
 _LONGEST_WAIT = 86_400
 
 
-class SyncManager:
+class SyncManager(Operator):
     """Keeps secondaries equal to the primary behind `engine`.
 
     `secondaries` are adapters, or `Registration`s where the terms differ from the defaults. `retry` replaces the policy

@@ -11,7 +11,17 @@ from outbox.turn import take_turn
 if TYPE_CHECKING:
     import asyncpg
 
-__all__ = ["FOLD", "MEND", "PRUNE_ATTEMPTS", "PRUNE_EVENTS", "fold", "prune_attempts", "prune_events"]
+__all__ = [
+    "FOLD",
+    "MEND",
+    "PRUNE_ATTEMPTS",
+    "PRUNE_DISCARDED",
+    "PRUNE_EVENTS",
+    "fold",
+    "prune_attempts",
+    "prune_discarded",
+    "prune_events",
+]
 
 # Attempts are created under the registry row's lock, which the folder holds: none can appear below an open one.
 FOLD = Statement("""
@@ -110,6 +120,13 @@ with page as materialized (
 select max(event_id) from page
 """)
 
+# A note of what was given up is of use as long as somebody may ask about its event.
+PRUNE_DISCARDED = Statement("""
+delete from {schema}.outbox_discarded as discarded
+where discarded.discarded_at < statement_timestamp() - cast(:keep as interval)
+  and not exists (select from {schema}.outbox as event where event.event_id = discarded.event_id offset 0)
+""")
+
 PRUNE_ATTEMPTS = Statement("""
 with page as materialized (
     select attempt.row_id
@@ -137,6 +154,11 @@ async def fold(connection: asyncpg.Connection[Any], schema: str, backend_id: str
             parameters = {"backend_id": backend_id, "folded_through": turn.folded_through}
             await connection.execute(*MEND.arguments(schema, parameters))
             await connection.execute(*FOLD.arguments(schema, parameters))
+
+
+async def prune_discarded(connection: asyncpg.Connection[Any], schema: str, keep: timedelta) -> None:
+    """Delete notes of discarded events that are gone and older than `keep`."""
+    await connection.execute(*PRUNE_DISCARDED.arguments(schema, {"keep": keep}))
 
 
 async def prune_events(connection: asyncpg.Connection[Any], schema: str, keep: timedelta, after: int) -> int | None:

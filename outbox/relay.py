@@ -21,7 +21,7 @@ from outbox.errors import UnknownSecondary
 from outbox.health import Roll
 from outbox.lease import heartbeat
 from outbox.primary import PRIMARY_FAILED, Primary, code_of
-from outbox.prune import prune_attempts, prune_events
+from outbox.prune import prune_attempts, prune_discarded, prune_events
 from outbox.register import Registration, register
 from outbox.retry import RetryPolicy
 from outbox.schema import LISTEN_CHANNEL
@@ -251,6 +251,7 @@ class Relay:
             await carrier.tidy()
         async with self._primary.connection() as connection:
             await prune_attempts(connection, schema, self._config.keep_attempts)
+            await prune_discarded(connection, schema, self._config.keep_attempts)
             after: int | None = 0
             deadline = time.monotonic() + self._config.prune_interval.total_seconds()
             while after is not None and time.monotonic() < deadline:

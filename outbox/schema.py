@@ -1,4 +1,4 @@
-"""The five tables, and how a statement finds them.
+"""The six tables, and how a statement finds them.
 
 Statements are SQL text with named parameters (`:backend_id`) and tables qualified by `{schema}`; they are rendered once
 for each schema and driver. The schema's name is the only thing ever put into a statement, it must match
@@ -62,6 +62,7 @@ def metadata(schema: str = "public") -> MetaData:
     _delivery(tables)
     _attempt(tables)
     _hold(tables)
+    _discarded(tables)
     _secondary(tables)
     return tables
 
@@ -177,6 +178,28 @@ def _hold(tables: MetaData) -> Table:
     return hold
 
 
+def _discarded(tables: MetaData) -> Table:
+    """What an operator gave up, for as long as its events are kept."""
+    return Table(
+        "outbox_discarded",
+        tables,
+        Column("backend_id", _KEY_TEXT, primary_key=True),
+        Column("key_hash", BigInteger, primary_key=True, autoincrement=False),
+        # The newest event that was given up, and the lowest position it stood for.
+        Column("event_id", BigInteger, primary_key=True, autoincrement=False),
+        Column("oldest_id", BigInteger, nullable=False),
+        Column("tenant_id", _KEY_TEXT, nullable=False),
+        Column("resource_type", _KEY_TEXT, nullable=False),
+        Column("resource_id", _KEY_TEXT, nullable=False),
+        Column("events", Integer, nullable=False),
+        Column("attempts", Integer, nullable=False),
+        Column("error_code", Text),
+        Column("reason", Text, nullable=False),
+        Column("discarded_at", _INSTANT, nullable=False, server_default=_now()),
+        CheckConstraint("length(reason) between 1 and 1024", name="outbox_discarded_reason_short"),
+    )
+
+
 def _secondary(tables: MetaData) -> Table:
     totals = ("applied", "stale", "superseded", "retried", "rejected", "released", "lost")
     return Table(
@@ -197,6 +220,7 @@ def _secondary(tables: MetaData) -> Table:
         # Attempts up to here are closed and counted in the totals below.
         Column("folded_through", BigInteger, nullable=False, server_default="0"),
         *(Column(name, BigInteger, nullable=False, server_default="0") for name in totals),
+        Column("discarded", BigInteger, nullable=False, server_default="0"),
         Column("last_success_at", _INSTANT),
         Column("last_error_at", _INSTANT),
         Column("last_error_code", Text),

@@ -21,7 +21,8 @@ __all__ = ["FAILURES", "LAG", "BackendSyncStatus", "Failure", "failures", "lag_t
 LAG = Statement("""
 select lag.backend_id, lag.status, lag.pending, lag.in_flight, lag.failing, lag.dead,
        coalesce(lag.lag, interval '0') as lag, lag.breaker, lag.last_success_at, lag.last_error_at, lag.last_error_code,
-       lag.applied, lag.stale, lag.superseded, lag.retried, lag.rejected, lag.lost, lag.looked_at, lag.silence,
+       lag.applied, lag.stale, lag.superseded, lag.retried, lag.rejected, lag.lost, lag.discarded,
+       lag.looked_at, lag.silence,
        latest.throughput, latest.endings
 from {schema}.outbox_lag as lag
 cross join lateral (
@@ -84,6 +85,7 @@ class BackendSyncStatus(msgspec.Struct, frozen=True):
     retried: int
     rejected: int
     lost: int
+    discarded: int
     looked_at: datetime | None
     silence: timedelta
     throughput: float

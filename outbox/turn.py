@@ -12,7 +12,7 @@ from outbox.schema import Statement
 if TYPE_CHECKING:
     import asyncpg
 
-__all__ = ["LOOKED", "TURN", "Turn", "say_looked", "take_turn"]
+__all__ = ["LOOKED", "SET_BACK", "TURN", "Turn", "say_looked", "set_back", "take_turn"]
 
 # The registry row is taken in a statement of its own: the claim's snapshot, taken after, then shows every
 # earlier claim of this secondary. SKIP LOCKED, because whoever holds the row is claiming already.
@@ -40,7 +40,8 @@ select secondary.status, secondary.ordering, secondary.breaker, secondary.breake
            where hold.backend_id = :backend_id and hold.alone and hold.next_attempt_at <= statement_timestamp()
            order by hold.next_attempt_at
            limit 1
-       ), false) as suspects
+       ), false) as suspects,
+       greatest(secondary.looked_at - statement_timestamp(), interval '0') as ahead
 from {schema}.outbox_secondary as secondary
 where secondary.backend_id = :backend_id
 for no key update of secondary skip locked
@@ -54,6 +55,34 @@ set looked_at = statement_timestamp()
 where backend_id = :backend_id
   and (looked_at is null
        or looked_at not between statement_timestamp() - cast(:every as interval) / 2 and statement_timestamp())
+""")
+
+# What was to come by the old time comes as much earlier. A lease is of the old time if it had not run out when a relay
+# last looked; what was renewed since ends before that.
+SET_BACK = Statement("""
+with waiting as materialized (
+    select hold.row_id
+    from unnest(array[false, true]) as kind (alone)
+    cross join lateral (
+        select hold.ctid as row_id from {schema}.outbox_hold as hold
+        where hold.backend_id = :backend_id and hold.alone = kind.alone
+          and hold.next_attempt_at > statement_timestamp()
+        order by hold.next_attempt_at
+        offset 0
+    ) as hold
+), held as (
+    update {schema}.outbox_hold
+    set next_attempt_at = next_attempt_at - cast(:ahead as interval)
+    where ctid = any (array(select row_id from waiting))
+), leased as (
+    update {schema}.outbox_attempt
+    set lease_until = lease_until - cast(:ahead as interval)
+    where backend_id = :backend_id and attempt_id > :folded_through and finished_at is null
+      and lease_until > statement_timestamp() + cast(:ahead as interval)
+)
+update {schema}.outbox_secondary
+set looked_at = statement_timestamp(), breaker_until = breaker_until - cast(:ahead as interval)
+where backend_id = :backend_id
 """)
 
 
@@ -71,6 +100,7 @@ class Turn(msgspec.Struct, frozen=True):
     open_attempts: bool
     holds: bool
     suspects: bool
+    ahead: timedelta
 
     @property
     def log_order(self) -> bool:
@@ -87,3 +117,9 @@ async def take_turn(connection: asyncpg.Connection[Any], schema: str, backend_id
 async def say_looked(connection: asyncpg.Connection[Any], schema: str, backend_id: str, every: timedelta) -> None:
     """Write that this secondary is being looked after; it counts if whoever has the turn comes to its end."""
     await connection.execute(*LOOKED.arguments(schema, {"backend_id": backend_id, "every": every}))
+
+
+async def set_back(connection: asyncpg.Connection[Any], schema: str, backend_id: str, turn: Turn) -> None:
+    """Bring what was scheduled and leased to the primary's new time: its clock was set back by `turn.ahead`."""
+    parameters = {"backend_id": backend_id, "folded_through": turn.folded_through, "ahead": turn.ahead}
+    await connection.execute(*SET_BACK.arguments(schema, parameters))

@@ -30,7 +30,9 @@ with in_hand as materialized (
 select asked.backend_id, asked.event_id, event.event_id is not null as known,
        delivery.event_id is not null as waiting,
        (asked.backend_id, asked.event_id) in (select backend_id, event_id from in_hand) as in_hand,
-       hold.state as hold, coalesce(hold.attempts, 0) as attempts, hold.error_code, secondary.status
+       hold.state as hold, coalesce(hold.attempts, discarded.attempts, 0) as attempts,
+       coalesce(hold.error_code, discarded.error_code) as error_code,
+       discarded.event_id is not null as discarded, secondary.status
 from unnest(cast(:backend_ids as text[]), cast(:event_ids as bigint[])) as asked (backend_id, event_id)
 left join {schema}.outbox_secondary as secondary on secondary.backend_id = asked.backend_id
 left join lateral (
@@ -52,6 +54,13 @@ left join lateral (
       and hold.oldest_id <= asked.event_id
     offset 0
 ) as hold on true
+left join lateral (
+    select discarded.event_id, discarded.attempts, discarded.error_code
+    from {schema}.outbox_discarded as discarded
+    where discarded.backend_id = asked.backend_id and discarded.key_hash = event.key_hash
+      and asked.event_id between discarded.oldest_id and discarded.event_id
+    limit 1
+) as discarded on true
 """)
 
 # The latest attempts that had these events in hand, hand-backs left out: how many they were, and whether in the last of
@@ -133,7 +142,8 @@ def _found(row: Any) -> Found:
     if not row.known:
         return Found(SyncState.UNKNOWN)
     if not (row.waiting or row.in_hand or row.hold):
-        return Found(SyncState.APPLIED)
+        state = SyncState.DISCARDED if row.discarded else SyncState.APPLIED
+        return Found(state, row.attempts or None, row.error_code)
     if row.hold == "dead" and not row.waiting:
         return Found(SyncState.DEAD, row.attempts, row.error_code)
     if row.status not in ("live", "shadow", "draining"):

@@ -34,6 +34,7 @@ _WORST_FIRST = (
     SyncState.UNCOMMITTED,
     SyncState.PRUNED,
     SyncState.DEAD,
+    SyncState.DISCARDED,
     SyncState.REMOVED,
     SyncState.PAUSED,
     SyncState.FAILING,

@@ -23,7 +23,7 @@ from outbox.secondaries.base import Secondary
 from outbox.testing.postgres import EmbeddedPostgres
 from outbox.turn import Turn, take_turn
 
-TABLES = ("outbox", "outbox_delivery", "outbox_attempt", "outbox_hold", "outbox_secondary")
+TABLES = ("outbox", "outbox_delivery", "outbox_attempt", "outbox_hold", "outbox_discarded", "outbox_secondary")
 _QUICK: dict[str, Any] = {
     # Long enough that a busy machine loses none by itself; tests of losses say less.
     "lease": 2.0,

@@ -80,7 +80,7 @@ HISTORY = """
 insert into outbox_attempt (backend_id, relay_id, event_ids, key_hashes, lease_until, finished_at)
 select 'search', gen_random_uuid(), array[n], array[n], now(), now() from generate_series(1, $1) as n
 """
-TABLES = ("outbox", "outbox_delivery", "outbox_attempt", "outbox_hold", "outbox_secondary")
+TABLES = ("outbox", "outbox_delivery", "outbox_attempt", "outbox_hold", "outbox_discarded", "outbox_secondary")
 
 
 async def fill(connection: Connection, deliveries: int, holds: int = 0, attempts: int = 0) -> None:

@@ -82,7 +82,9 @@ select secondary.backend_id, secondary.status, coalesce(pending.pending, 0) as p
         and error_code is not null order by error_code desc limit 1) as last_error_code,
        coalesce(attempt.applied, 0) as applied, coalesce(attempt.stale, 0) as stale,
        coalesce(attempt.superseded, 0) as superseded, coalesce(attempt.retried, 0) as retried,
-       coalesce(attempt.rejected, 0) as rejected, coalesce(attempt.lost, 0) as lost, secondary.looked_at,
+       coalesce(attempt.rejected, 0) as rejected, coalesce(attempt.lost, 0) as lost,
+       (select coalesce(sum(events), 0) from outbox_discarded as each
+        where each.backend_id = secondary.backend_id) as discarded, secondary.looked_at,
        statement_timestamp() - coalesce(secondary.looked_at, secondary.registered_at) as silence
 from outbox_secondary as secondary
 left join pending using (backend_id) left join attempt using (backend_id) left join hold using (backend_id)

@@ -84,6 +84,7 @@ select secondary.backend_id,
        secondary.retried + coalesce(recent.retried, 0) as retried,
        secondary.rejected + coalesce(recent.rejected, 0) as rejected,
        secondary.lost + coalesce(recent.lost, 0) as lost,
+       secondary.discarded,
        secondary.looked_at,
        greatest(statement_timestamp() - coalesce(secondary.looked_at, secondary.registered_at), interval '0') as silence
 from {schema}.outbox_secondary as secondary
@@ -101,6 +102,7 @@ def upgrade() -> None:
     _create_delivery(schema)
     _create_attempt(schema)
     _create_hold(schema)
+    _create_discarded(schema)
     _create_secondary(schema)
     op.execute(LAG_VIEW.format(schema=f'"{schema}"'))
 
@@ -108,7 +110,7 @@ def upgrade() -> None:
 def downgrade() -> None:
     schema = _schema()
     op.execute(f'drop view "{schema}".outbox_lag')
-    for table in ("outbox_secondary", "outbox_hold", "outbox_attempt", "outbox_delivery", "outbox"):
+    for table in ("outbox_secondary", "outbox_discarded", "outbox_hold", "outbox_attempt", "outbox_delivery", "outbox"):
         op.drop_table(table, schema=schema)
 
 
@@ -225,6 +227,26 @@ def _create_hold(schema: str) -> None:
     )
 
 
+def _create_discarded(schema: str) -> None:
+    op.create_table(
+        "outbox_discarded",
+        sa.Column("backend_id", KEY, primary_key=True),
+        sa.Column("key_hash", sa.BigInteger, primary_key=True, autoincrement=False),
+        sa.Column("event_id", sa.BigInteger, primary_key=True, autoincrement=False),
+        sa.Column("oldest_id", sa.BigInteger, nullable=False),
+        sa.Column("tenant_id", KEY, nullable=False),
+        sa.Column("resource_type", KEY, nullable=False),
+        sa.Column("resource_id", KEY, nullable=False),
+        sa.Column("events", sa.Integer, nullable=False),
+        sa.Column("attempts", sa.Integer, nullable=False),
+        sa.Column("error_code", sa.Text),
+        sa.Column("reason", sa.Text, nullable=False),
+        sa.Column("discarded_at", INSTANT, nullable=False, server_default=NOW),
+        sa.CheckConstraint("length(reason) between 1 and 1024", name="outbox_discarded_reason_short"),
+        schema=schema,
+    )
+
+
 def _create_secondary(schema: str) -> None:
     op.create_table(
         "outbox_secondary",
@@ -242,6 +264,7 @@ def _create_secondary(schema: str) -> None:
         sa.Column("breaker_ramp", sa.Integer),
         sa.Column("folded_through", sa.BigInteger, nullable=False, server_default="0"),
         *(sa.Column(name, sa.BigInteger, nullable=False, server_default="0") for name in COUNTS),
+        sa.Column("discarded", sa.BigInteger, nullable=False, server_default="0"),
         sa.Column("last_success_at", INSTANT),
         sa.Column("last_error_at", INSTANT),
         sa.Column("last_error_code", sa.Text),

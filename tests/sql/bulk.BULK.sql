@@ -11,6 +11,7 @@ with member as materialized (
            case when delivery.event_id is not null then 'pending'
                 when hold.state in ('dead', 'retrying') then hold.state
                 when hold.state is not null or in_hand.event_id is not null then 'pending'
+                when discarded.event_id is not null then 'discarded'
                 else 'done' end as state
     from "public".outbox_secondary as secondary
     cross join member
@@ -21,6 +22,9 @@ with member as materialized (
       on hold.backend_id = secondary.backend_id and hold.key_hash = member.key_hash
      and hold.tenant_id = member.tenant_id and hold.resource_type = member.resource_type
      and hold.resource_id = member.resource_id and hold.oldest_id <= member.event_id
+    left join "public".outbox_discarded as discarded
+      on discarded.backend_id = secondary.backend_id and discarded.key_hash = member.key_hash
+     and member.event_id between discarded.oldest_id and discarded.event_id
     left join in_hand on in_hand.backend_id = secondary.backend_id and in_hand.event_id = member.event_id
     where secondary.status <> 'removed'
       and (secondary.tenant_ids is null or member.tenant_id = any (secondary.tenant_ids))
@@ -28,5 +32,5 @@ with member as materialized (
 )
 select backend_id, count(*) as events, count(*) filter (where state = 'done') as done,
        count(*) filter (where state = 'pending') as pending, count(*) filter (where state = 'retrying') as failing,
-       count(*) filter (where state = 'dead') as dead
+       count(*) filter (where state = 'dead') as dead, count(*) filter (where state = 'discarded') as discarded
 from told group by backend_id order by backend_id

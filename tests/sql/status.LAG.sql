@@ -1,6 +1,7 @@
 select lag.backend_id, lag.status, lag.pending, lag.in_flight, lag.failing, lag.dead,
        coalesce(lag.lag, interval '0') as lag, lag.breaker, lag.last_success_at, lag.last_error_at, lag.last_error_code,
-       lag.applied, lag.stale, lag.superseded, lag.retried, lag.rejected, lag.lost, lag.looked_at, lag.silence,
+       lag.applied, lag.stale, lag.superseded, lag.retried, lag.rejected, lag.lost, lag.discarded,
+       lag.looked_at, lag.silence,
        latest.throughput, latest.endings
 from "public".outbox_lag as lag
 cross join lateral (

@@ -21,7 +21,8 @@ select secondary.status, secondary.ordering, secondary.breaker, secondary.breake
            where hold.backend_id = $1 and hold.alone and hold.next_attempt_at <= statement_timestamp()
            order by hold.next_attempt_at
            limit 1
-       ), false) as suspects
+       ), false) as suspects,
+       greatest(secondary.looked_at - statement_timestamp(), interval '0') as ahead
 from "public".outbox_secondary as secondary
 where secondary.backend_id = $1
 for no key update of secondary skip locked

@@ -1,0 +1,224 @@
+"""Promise 12: with the primary's own clock set forward or back nothing is lost, and nothing waits for the old time."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Iterator, Sequence
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
+from sqlalchemy.pool import NullPool
+
+from outbox import SyncManager
+from outbox.errors import Unavailable
+from outbox.migrate import migrate
+from outbox.secondaries.base import Retry
+from outbox.testing.postgres import EmbeddedPostgres
+from tests.guarantees.test_12_primary_clock import libfaketime
+from tests.relaying import change, claim_by_hand, execute, hold_of, manager_of, pending, rows, running, value, write
+from tests.scripted import ScriptedSecondary
+from tests.waiting import eventually
+
+AN_HOUR = 3600
+SETTINGS: dict[str, Any] = {
+    "lease": 1,
+    "retry_initial": 2,
+    "retry_max": 2,
+    "breaker_threshold": 1,
+    "breaker_initial": 2,
+    "breaker_max": 2,
+}
+# Far more than the longest lease and schedule of these settings, far less than an hour.
+SOON = timedelta(seconds=30)
+
+
+class SetPostgres(EmbeddedPostgres):
+    """A server whose clock is set while it runs."""
+
+    def __init__(self, clock: Path) -> None:
+        super().__init__(settings={"fsync": "off"})
+        self._clock = clock
+        self.set_clock(0)
+
+    def set_clock(self, seconds: int) -> None:
+        """Be this far ahead of the true time from now on."""
+        new = self._clock.with_suffix(".new")
+        new.write_text(f"{seconds:+d}\n")
+        new.chmod(0o644)
+        # At once: a file that is being written would be read half.
+        new.replace(self._clock)
+
+    def _command(self) -> Sequence[str | Path]:
+        faked = {
+            "LD_PRELOAD": libfaketime(),
+            "FAKETIME_TIMESTAMP_FILE": str(self._clock),
+            "FAKETIME_NO_CACHE": "1",
+            "DONT_FAKE_MONOTONIC": "1",
+        }
+        return ["/usr/bin/env", *(f"{name}={setting}" for name, setting in faked.items()), *super()._command()]
+
+
+@pytest.fixture
+def server(directory: Path) -> Iterator[SetPostgres]:
+    libfaketime()
+    with SetPostgres(directory / "clock") as running_server:
+        yield running_server
+
+
+@pytest.fixture
+async def engine(server: SetPostgres) -> AsyncIterator[AsyncEngine]:
+    engine = create_async_engine(server.dsn(), poolclass=NullPool)
+    await migrate(engine)
+    yield engine
+    await engine.dispose()
+
+
+async def ahead(engine: AsyncEngine) -> float:
+    """How many seconds the server's clock is ahead of ours."""
+    told: datetime = await value(engine, "select clock_timestamp()")
+    return (told - datetime.now(UTC)).total_seconds()
+
+
+async def set_clock(server: SetPostgres, engine: AsyncEngine, seconds: int) -> None:
+    server.set_clock(seconds)
+    assert abs(await ahead(engine) - seconds) < 10, "the clock was not set"
+
+
+async def nothing_owed(engine: AsyncEngine) -> bool:
+    return await pending(engine) == 0
+
+
+async def one(engine: AsyncEngine) -> tuple[ScriptedSecondary, SyncManager]:
+    secondary = ScriptedSecondary("search")
+    manager = manager_of(engine, secondary, **SETTINGS)
+    await manager.register()
+    return secondary, manager
+
+
+async def look_once(manager: SyncManager) -> None:
+    """Have a relay look at what is due; it says so in the registry, as every relay does every few seconds."""
+    assert await manager.relay().run_once("search") == 0
+
+
+async def test_a_clock_set_forward_costs_duplicates_at_most(server: SetPostgres, engine: AsyncEngine) -> None:
+    """T2: leases run out early, so what is in hand is sent again; all of it arrives, and nothing goes backwards."""
+    secondary, manager = await one(engine)
+    other = manager_of(engine, secondary, **SETTINGS)
+    secondary.hang()
+    async with running(manager.relay(), other.relay()):
+        await write(manager, *(change(str(number), 1) for number in range(20)))
+        await eventually(lambda: secondary.running)
+        await set_clock(server, engine, AN_HOUR)
+        await write(manager, *(change(str(number), 2) for number in range(20)))
+        await eventually(lambda: len(secondary.calls) > 1, SOON)
+        secondary.release()
+        await eventually(lambda: nothing_owed(engine), SOON)
+    newest = {row["resource_id"]: row["position"] for row in await rows(engine, NEWEST)}
+    assert {event.resource_id: event.position for event in secondary.held.values()} == newest
+    for name in newest:
+        kept = [event.position or 0 for event in secondary.history if event.resource_id == name]
+        assert kept == sorted(kept)
+    assert await value(engine, "select coalesce(max(attempts), 0) from outbox_hold") == 0
+
+
+NEWEST = "select resource_id, max(event_id) as position from outbox group by resource_id"
+
+
+async def test_a_clock_set_back_keeps_no_lease_of_a_dead_relay(server: SetPostgres, engine: AsyncEngine) -> None:
+    """T3: the lease of whoever vanished would end in an hour; it has a second at most."""
+    secondary, manager = await one(engine)
+    await set_clock(server, engine, AN_HOUR)
+    await look_once(manager)
+    await write(manager, change("1"))
+    assert await claim_by_hand(engine, "search", lease=timedelta(seconds=1))
+    await set_clock(server, engine, 0)
+    async with running(manager.relay()):
+        await eventually(lambda: nothing_owed(engine), SOON)
+    assert secondary.content_of("Thing", "1") == '{"value":0}'
+    assert await value(engine, "select sum(lost) from outbox_attempt") == 1
+
+
+async def test_a_clock_set_back_takes_nothing_from_a_relay_that_lives(server: SetPostgres, engine: AsyncEngine) -> None:
+    """T3: what it has in hand it keeps, by the heartbeats it made before and after."""
+    secondary, manager = await one(engine)
+    other = manager_of(engine, secondary, **SETTINGS)
+    await set_clock(server, engine, AN_HOUR)
+    secondary.hang()
+    async with running(manager.relay(), other.relay()):
+        await write(manager, change("1"))
+        await eventually(lambda: secondary.running)
+        await set_clock(server, engine, 0)
+        renewed = "select lease_until < clock_timestamp() + interval '5 seconds' from outbox_attempt"
+        await eventually(lambda: value(engine, renewed))
+        last = await value(engine, "select lease_until from outbox_attempt")
+        kept = "select lease_until > cast(:last as timestamptz) + interval '2 seconds' from outbox_attempt"
+        await eventually(lambda: value(engine, kept, last=last))
+        secondary.release()
+        await eventually(lambda: nothing_owed(engine), SOON)
+    assert len(secondary.sent) == 1
+    assert await value(engine, "select sum(lost) from outbox_attempt") == 0
+
+
+async def test_a_clock_set_back_delays_no_retry(server: SetPostgres, engine: AsyncEngine) -> None:
+    """T3: failing and handed back; each waits as long as it had to, and not an hour more."""
+    secondary, manager = await one(engine)
+    await set_clock(server, engine, AN_HOUR)
+    await write(manager, change("failing"), change("released"))
+    secondary.script("failing", Retry("busy"))
+    await manager.relay().run_once("search")
+    await write(manager, change("released", 2))
+    secondary.hang()
+    carrying = asyncio.create_task(manager.relay().run_once("search"))
+    await eventually(lambda: secondary.running)
+    carrying.cancel()
+    await asyncio.wait({carrying})
+    hold = await hold_of(engine, "released")
+    assert hold is not None
+    assert hold["state"] == "released"
+    await set_clock(server, engine, 0)
+    secondary.release()
+    async with running(manager.relay()):
+        await eventually(lambda: nothing_owed(engine), SOON)
+    assert await value(engine, "select sum(retried) from outbox_attempt") == 1
+
+
+async def test_a_clock_set_back_keeps_no_breaker_open(server: SetPostgres, engine: AsyncEngine) -> None:
+    """T3: the next probe comes when it should, and no event pays for it."""
+    secondary, manager = await one(engine)
+    await set_clock(server, engine, AN_HOUR)
+    secondary.down = Unavailable("refused", "")
+    await write(manager, change("1"))
+    await manager.relay().run_once("search")
+    assert await value(engine, "select breaker from outbox_secondary") == "open"
+    await set_clock(server, engine, 0)
+    secondary.down = None
+    async with running(manager.relay()):
+        await eventually(lambda: nothing_owed(engine), SOON)
+    assert await value(engine, "select sum(retried + lost) from outbox_attempt") == 0
+
+
+async def test_lag_is_never_negative_whichever_way_the_clock_was_set(server: SetPostgres, engine: AsyncEngine) -> None:
+    """T7: of what waits, is in hand and is held; zero once nothing is owed."""
+    secondary, manager = await one(engine)
+    secondary.always("held", Retry("busy"))
+    await write(manager, change("held"))
+    await manager.relay().run_once("search")
+    await write(manager, change("in hand"))
+    assert await claim_by_hand(engine, "search", lease=timedelta(minutes=5))
+    await write(manager, change("waiting"))
+    seen = []
+    for seconds in (AN_HOUR, 0, -AN_HOUR, AN_HOUR):
+        await set_clock(server, engine, seconds)
+        status = await manager.backend_status("search")
+        assert status.pending == 3
+        assert status.silence >= timedelta(0)
+        seen.append(round(status.lag / timedelta(seconds=AN_HOUR)))
+    assert seen == [1, 0, 0, 1]
+    secondary.heal("held")
+    await execute(engine, "update outbox_attempt set lease_until = clock_timestamp() - interval '1 second'")
+    async with running(manager.relay()):
+        await eventually(lambda: nothing_owed(engine), SOON)
+    assert (await manager.backend_status("search")).lag == timedelta(0)
