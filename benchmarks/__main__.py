@@ -17,7 +17,7 @@ import time
 from collections.abc import AsyncIterator, Callable
 from datetime import UTC, datetime
 
-from benchmarks import held_snapshot, memory, relay_throughput, writer_overhead
+from benchmarks import fairness, held_snapshot, latency, memory, relay_throughput, waiters, writer_overhead
 from benchmarks.ground import Row
 from outbox.testing.postgres import EmbeddedPostgres
 
@@ -28,6 +28,9 @@ Rows = Callable[[EmbeddedPostgres, int, float], AsyncIterator[Row]]
 BENCHMARKS: dict[str, tuple[Rows, int | None]] = {
     "relay_throughput": (relay_throughput.rows, None),
     "writer_overhead": (writer_overhead.rows, None),
+    "latency": (latency.rows, None),
+    "waiters": (waiters.rows, None),
+    "fairness": (fairness.rows, None),
     "memory": (memory.rows, None),
     "held_snapshot": (held_snapshot.rows, LONG_RUNS),
 }

@@ -5,9 +5,9 @@
 A relay in another process carries both. What this machine can sustain is measured first, one tenant being written and
 carried at the same time; the noisy tenant then gets half of that, in a transaction every 10 ms, and the quiet one a
 hundredth of the noisy one's, each event committed on its own. The quiet one's lag goes from right before COMMIT to
-applied, and is compared with its lag alone at the same rate, in the same run. With a backlog of the noisy tenant on top,
-only quiet events that were committed while it stood count. Last, the quiet tenant shares the noisy one's lane, as one
-in 64 does: lanes do not help there, and nothing is promised.
+applied, and is compared with its lag alone at the same rate, in the same run. With a backlog of the noisy tenant on
+top, only quiet events that were committed while it stood count. Last, noise without a backlog comes from the quiet
+tenant's own lane, as from one tenant in 64: lanes do not help there, and nothing is promised.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 
 import asyncpg
 
-from benchmarks.clocked import WARM, Asked, emptied, relay_process
+from benchmarks.clocked import WARM, Asked, RelayProcess, emptied, relay_process
 from benchmarks.ground import CONTENT, Nothing, Row, outbox_database, percentile
 from benchmarks.latency import TENANT, outbox_commit, paced
 from outbox.testing.postgres import EmbeddedPostgres
@@ -115,7 +115,9 @@ async def lags(server: EmbeddedPostgres, database: str, case: Case, events: int,
     return [(noted.applied[name] - sent.committing) * 1000 for name, sent in counted[len(counted) // 10 :]]
 
 
-async def _opened(opened: AsyncExitStack, server: EmbeddedPostgres, database: str, tenant: str) -> Any:
+async def _opened(
+    opened: AsyncExitStack, server: EmbeddedPostgres, database: str, tenant: str
+) -> tuple[RelayProcess, Noise]:
     asked = Asked(server.dsn(database), noise="noise-")
     relay = await opened.enter_async_context(relay_process(asked))
     connection = await asyncpg.connect(server.dsn(database, driver="postgresql"))
@@ -133,7 +135,7 @@ async def rows(server: EmbeddedPostgres, runs: int, scale: float = 1.0, seconds:
         cases = {
             f"beside {rate:,.0f} events/s": (Case(rate), GOAL),
             f"and {backlog:,} owed": (Case(rate, backlog), None),
-            "in the noisy one's lane": (Case(rate, tenant=BESIDE), None),
+            "beside as much in its own lane": (Case(rate, tenant=BESIDE), None),
         }
         gap = TIMES / rate
         events = max(20, int(max(2.0, seconds * scale) / gap))

@@ -96,10 +96,13 @@ class Carrier:
         Waits for its turn until the loop's clock says `until`.
         """
         while (attempts := await self._seize(positions)) is None:
-            if time.monotonic() >= until:
+            if self._stopping or time.monotonic() >= until:
                 return 0
             await asyncio.sleep(_SHORTEST_SLEEP)
-        return sum([await self.hands.take(attempt) for attempt in attempts])
+        carrying = [self.hands.take(attempt) for attempt in attempts]
+        if self._stopping:
+            self.hands.give_up(self.hands.attempt_ids)
+        return sum([await each for each in carrying])
 
     def ring(self) -> None:
         """Look again at once instead of at the next poll."""

@@ -9,9 +9,10 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AsyncExitStack
 from datetime import timedelta
+from itertools import chain, islice
 
 import msgspec
 
@@ -97,22 +98,24 @@ class Follower:
         owed = token.owed_to(backend_id)
         if not owed or not waited_for:
             state = SyncState.ACCEPTED if owed else SyncState.NOT_OWED
-            return SyncStatus(backend_id, state, events=len(owed))
+            return SyncStatus(backend_id, state, events=sum(each.count for each in owed))
         if backend_id in self._registrations:
             # A task of its own: a caller who goes away must not take a claim with it.
-            pushing = asyncio.create_task(self._push(backend_id, owed, timeout))
+            positions = chain.from_iterable(each.positions for each in owed)
+            pushing = asyncio.create_task(self._push(backend_id, positions, timeout))
             self._pushing.add(pushing)
             pushing.add_done_callback(self._pushing.discard)
         return await self._waiters.wait(backend_id, token, timeout)
 
-    async def _push(self, backend_id: str, owed: Sequence[int], timeout: timedelta) -> None:
+    async def _push(self, backend_id: str, positions: Iterator[int], timeout: timedelta) -> None:
         """Carry what is owed, a batch at a time, for as long as the caller waits."""
-        until, left = time.monotonic() + timeout.total_seconds(), list(owed)
+        until = time.monotonic() + timeout.total_seconds()
         try:
             async with asyncio.timeout(timeout.total_seconds()):
                 await self._open()
-            while left and (seconds := until - time.monotonic()) > 0:
-                page, left = left[: self._config.batch_size], left[self._config.batch_size :]
+            while (seconds := until - time.monotonic()) > 0:
+                if not (page := list(islice(positions, self._config.batch_size))):
+                    return
                 await self._relay.seize(backend_id, page, timedelta(seconds=seconds))
                 self._waiters.look_now(backend_id)
         except PRIMARY_FAILED as error:

@@ -93,7 +93,7 @@ class SyncManager(Operator):
 
     async def sync(
         self,
-        what: SyncEvent | Iterable[SyncEvent] | SyncToken,
+        what: SyncEvent | Iterable[SyncEvent] | SyncToken | str,
         *,
         mode: SyncMode | None = None,
         backends: Collection[str] | None = None,
@@ -110,7 +110,7 @@ class SyncManager(Operator):
         for name in waited_for:
             self._secondary(name)
         within = _duration(timeout, self.config.sync_timeout)
-        token = what if isinstance(what, SyncToken) else await self._record(what)
+        token = SyncToken(what) if isinstance(what, str) else await self._record(what)
         return await self._follower.follow(token, waited_for & {*token.backend_ids, *(backends or ())}, within)
 
     async def sync_bulk(

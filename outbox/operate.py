@@ -82,7 +82,10 @@ returning status
 
 
 class Which(msgspec.Struct, frozen=True):
-    """Which failures are meant: those that match all that is given. `state` is `retrying` or `dead`."""
+    """Which failures are meant: those that match all that is given. `state` is `retrying` or `dead`.
+
+    Raises `SettingsError` for another state.
+    """
 
     backend_id: str | None = None
     tenant_id: str | None = None
@@ -90,6 +93,10 @@ class Which(msgspec.Struct, frozen=True):
     resource_id: str | None = None
     error_code: str | None = None
     state: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.state not in (None, "retrying", "dead"):
+            raise SettingsError("state", "must be retrying or dead")
 
 
 class Operator:

@@ -65,6 +65,7 @@ class Relay:
         self._stop = asyncio.Event()
         self._hurry = asyncio.Event()
         self._users = 0
+        self._seizing: set[asyncio.Task[int]] = set()
         self._background: list[asyncio.Task[None]] = []
 
     async def run(self) -> None:
@@ -116,11 +117,22 @@ class Relay:
             try:
                 yield
             finally:
-                await self._wind_down([])
+                for carrier in self._carriers.values():
+                    carrier.stop()
+                grace = self._config.shutdown_grace.total_seconds()
+                await asyncio.gather(*(carrier.hands.finish(grace) for carrier in self._carriers.values()))
+                # A claim under way ends with an attempt that is handed back.
+                if self._seizing:
+                    await asyncio.wait(self._seizing, timeout=_LAST_CLAIM)
 
     async def seize(self, backend_id: str, positions: Sequence[int], within: timedelta) -> int:
         """Carry these events to one secondary, if they wait there; return how many were in hand."""
-        return await self._carriers[backend_id].seize(positions, time.monotonic() + within.total_seconds())
+        until = time.monotonic() + within.total_seconds()
+        seizing = asyncio.create_task(self._carriers[backend_id].seize(positions, until))
+        self._seizing.add(seizing)
+        seizing.add_done_callback(self._seizing.discard)
+        # Whoever stops waiting must not take a claim with him.
+        return await asyncio.shield(seizing)
 
     def stop(self, *, at_once: bool = False) -> None:
         """Ask `run` to end: finish what is in hand within the grace period, or hand it back `at_once`."""

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import base64
 import zlib
-from collections.abc import Iterable, Sequence
-from typing import Self
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import chain
+from typing import Annotated, Self
 
 import msgspec
 
@@ -16,17 +17,30 @@ __all__ = ["Recorded", "SyncToken"]
 _FORM = "o1."
 
 
-class Recorded(msgspec.Struct, frozen=True, array_like=True):
-    """Positions of one transaction that are owed to the same secondaries, as runs of (first, how many)."""
+_Number = Annotated[int, msgspec.Meta(ge=0, le=2**63 - 1)]
+_Name = Annotated[str, msgspec.Meta(max_length=63)]
 
-    transaction_id: int
-    backend_ids: tuple[str, ...]
-    runs: tuple[tuple[int, int], ...]
+
+class Recorded(msgspec.Struct, frozen=True, array_like=True):
+    """Positions of one transaction that are owed to the same secondaries, as runs of (first, how many).
+
+    A token comes from outside, and a run may claim to be of any length: whoever goes through `positions` does it bit by
+    bit.
+    """
+
+    transaction_id: _Number
+    backend_ids: tuple[_Name, ...]
+    runs: tuple[tuple[_Number, _Number], ...]
 
     @property
-    def positions(self) -> list[int]:
+    def count(self) -> int:
+        """How many positions there are."""
+        return sum(count for _, count in self.runs)
+
+    @property
+    def positions(self) -> Iterator[int]:
         """The positions, one by one, rising."""
-        return [position for first, count in self.runs for position in range(first, first + count)]
+        return chain.from_iterable(range(first, first + count) for first, count in self.runs)
 
 
 class SyncToken(str):
@@ -50,16 +64,17 @@ class SyncToken(str):
         groups: dict[tuple[str, ...], list[int]] = {}
         for position, backend_ids in owed:
             groups.setdefault(tuple(sorted(backend_ids)), []).append(position)
-        return cls._encoded([Recorded(transaction_id, names, _runs(found)) for names, found in groups.items()])
+        runs = {names: _joined((position, 1) for position in found) for names, found in groups.items()}
+        return cls._encoded([Recorded(transaction_id, names, found) for names, found in runs.items()])
 
     @classmethod
     def merged(cls, tokens: Iterable[SyncToken]) -> Self:
         """Return one token for everything that these recorded."""
-        groups: dict[tuple[int, tuple[str, ...]], list[int]] = {}
+        groups: dict[tuple[int, tuple[str, ...]], list[tuple[int, int]]] = {}
         for token in tokens:
             for each in token.recorded:
-                groups.setdefault((each.transaction_id, each.backend_ids), []).extend(each.positions)
-        return cls._encoded([Recorded(*group, _runs(positions)) for group, positions in groups.items()])
+                groups.setdefault((each.transaction_id, each.backend_ids), []).extend(each.runs)
+        return cls._encoded([Recorded(*group, _joined(runs)) for group, runs in groups.items()])
 
     @property
     def recorded(self) -> tuple[Recorded, ...]:
@@ -78,7 +93,7 @@ class SyncToken(str):
 
     @property
     def positions(self) -> list[int]:
-        """Positions of all events, rising."""
+        """Positions of all events, rising. For a token of one's own: one from outside may claim any number."""
         return sorted(position for each in self.recorded for position in each.positions)
 
     @property
@@ -86,11 +101,9 @@ class SyncToken(str):
         """Names of the secondaries that are owed something, sorted."""
         return sorted({name for each in self.recorded for name in each.backend_ids})
 
-    def owed_to(self, backend_id: str) -> list[int]:
-        """Positions that are owed to one secondary, rising."""
-        return sorted(
-            position for each in self.recorded if backend_id in each.backend_ids for position in each.positions
-        )
+    def owed_to(self, backend_id: str) -> list[Recorded]:
+        """What of it is owed to one secondary."""
+        return [each for each in self.recorded if backend_id in each.backend_ids]
 
     @classmethod
     def _encoded(cls, recorded: list[Recorded]) -> Self:
@@ -103,12 +116,13 @@ def _checksum(packed: bytes) -> bytes:
     return zlib.crc32(packed).to_bytes(4)
 
 
-def _runs(positions: Iterable[int]) -> tuple[tuple[int, int], ...]:
-    """Pack positions: those of one statement are nearly always next to each other."""
-    runs: list[tuple[int, int]] = []
-    for position in sorted(positions):
-        if runs and position == sum(runs[-1]):
-            runs[-1] = (runs[-1][0], runs[-1][1] + 1)
+def _joined(runs: Iterable[tuple[int, int]]) -> tuple[tuple[int, int], ...]:
+    """Join what touches: the positions of one statement nearly always lie side by side."""
+    joined: list[tuple[int, int]] = []
+    for first, count in sorted(runs):
+        if joined and first <= sum(joined[-1]):
+            start = joined[-1][0]
+            joined[-1] = (start, max(sum(joined[-1]), first + count) - start)
         else:
-            runs.append((position, 1))
-    return tuple(runs)
+            joined.append((first, count))
+    return tuple(joined)

@@ -7,6 +7,7 @@ import logging
 import time
 from contextlib import suppress
 from datetime import timedelta
+from itertools import islice
 
 from sqlalchemy.ext.asyncio import AsyncEngine
 
@@ -50,15 +51,14 @@ class _Waiter:
     def __init__(self, backend_id: str, token: SyncToken) -> None:
         self.backend_id = backend_id
         self.since = self.next_look = time.monotonic()
-        # Which transaction each position came from: asked about when the event is not found.
-        self.transactions = {
-            position: each.transaction_id
-            for each in token.recorded
-            if backend_id in each.backend_ids
-            for position in each.positions
-        }
-        self.left = sorted(self.transactions)
-        self.events = len(self.left)
+        owed = token.owed_to(backend_id)
+        self.events = sum(each.count for each in owed)
+        self.done = self._seen = 0
+        # A position and its transaction, which is asked about when the event is not found; drawn a page at a time.
+        self._coming = ((position, each.transaction_id) for each in owed for position in each.positions)
+        self._undone: dict[int, int] = {}
+        self._page: dict[int, int] = {}
+        self._turn_page()
         self.doubtful: set[int] = set()
         self.worst = Found(SyncState.ACCEPTED)
         self.looked = asyncio.Event()
@@ -67,21 +67,35 @@ class _Waiter:
     @property
     def page(self) -> list[Asked]:
         """What to ask next: a bulk of any size costs a look no more than this."""
-        return [(self.backend_id, position) for position in self.left[:_PAGE]]
+        return [(self.backend_id, position) for position in self._page]
+
+    @property
+    def on_last_page(self) -> bool:
+        """Whether nothing is left but the page."""
+        return self.done + len(self._page) == self.events
+
+    def _turn_page(self) -> None:
+        """Go on to what was not looked at yet, then to what was not done."""
+        self._page = dict(islice(self._coming, _PAGE))
+        while len(self._page) < _PAGE and self._undone:
+            position = next(iter(self._undone))
+            self._page[position] = self._undone.pop(position)
 
     def learn(self, found: dict[Asked, Found], fates: dict[int, SyncState]) -> None:
         """Take in a look at `page`; `fates` are those of transactions that were asked about before it."""
-        page, rest = self.left[:_PAGE], self.left[_PAGE:]
-        told = {position: self._told(position, found, fates) for position in page}
-        undone = [position for position in page if not told[position].state.done]
-        self.left = rest + undone
-        self.worst = min((told[position] for position in page), key=lambda each: _WORST_FIRST.index(each.state))
-        if self.left and self.worst.state.done:
+        told = {position: self._told(position, found, fates) for position in self._page}
+        undone = {position: self._page[position] for position, each in told.items() if not each.state.done}
+        self.done += len(told) - len(undone)
+        self._seen += len(told)
+        self._undone |= undone
+        self._turn_page()
+        self.worst = min(told.values(), key=lambda each: _WORST_FIRST.index(each.state))
+        if self.done < self.events and self.worst.state.done:
             self.worst = Found(SyncState.ACCEPTED)
         now = time.monotonic()
         pause = 0.0 if self.doubtful or not undone else _PATIENCE * (now - self.since)
         self.next_look = now + min(max(pause, _SHORTEST_SLEEP), _LONGEST_SLEEP)
-        if not self.doubtful - fates.keys():
+        if self._seen >= self.events and not self.doubtful - fates.keys():
             self.looked.set()
         if not self.worst.state.waits and not self.ended.done():
             self.ended.set_result(None)
@@ -91,7 +105,7 @@ class _Waiter:
         if told.state is not SyncState.UNKNOWN:
             return told
         # Not there. A transaction that had ended before we looked says why; one that might have ended meanwhile not.
-        transaction_id = self.transactions[position]
+        transaction_id = self._page[position]
         if transaction_id in fates:
             return Found(fates[transaction_id])
         self.doubtful.add(transaction_id)
@@ -106,7 +120,7 @@ class _Waiter:
             timedelta(seconds=time.monotonic() - self.since),
             self.worst.error_code,
             self.events,
-            self.events - len(self.left),
+            self.done,
         )
 
 
@@ -126,7 +140,7 @@ class Waiters:
         Looks once however short the time is. Never raises for a primary that does not answer: then nothing is known.
         """
         waiter = _Waiter(backend_id, token)
-        if not waiter.left:
+        if not waiter.events:
             return SyncStatus(backend_id, SyncState.NOT_OWED, events=0)
         self._waiting.add(waiter)
         self._start()
@@ -178,7 +192,7 @@ class Waiters:
         async with self._engine.connect() as connection:
             fates = {each: await fate(connection, self._schema, each) for each in doubtful}
             found = await look(connection, self._schema, asked)
-            ending = {pair for waiter in waiters if len(waiter.left) <= _PAGE for pair in waiter.page}
+            ending = {pair for waiter in waiters if waiter.on_last_page for pair in waiter.page}
             if done := [pair for pair in ending if found[pair].state.done]:
                 found |= await history(connection, self._schema, done)
         for waiter in waiters:

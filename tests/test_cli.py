@@ -307,6 +307,45 @@ class TestFailures:
         assert unknown.status == 2
         assert "copy, other" in unknown.errors
 
+    async def test_tries_them_again_and_gives_them_up(self, primary: AsyncEngine, dsn: str):
+        """U16, D4: a dry run changes nothing and says how many."""
+        manager = SyncManager(primary, [Refusing("copy")])
+        await manager.register()
+        await write(manager, "1", "2", "3")
+        await manager.relay().drain()
+        dead = "select count(*) from outbox_hold where state = 'dead'"
+
+        assert outbox("failures", "redrive", "--id", "1", "--dry-run", "--dsn", dsn).output == (
+            "1 key would be tried again\n"
+        )
+        assert execute(dsn, dead) == [(3,)]
+        assert "1 key due now" in outbox("failures", "redrive", "--id", "1", "--dsn", dsn).output
+        assert execute(dsn, dead) == [(2,)]
+        missing = outbox("failures", "discard", "--dsn", dsn)
+        assert (missing.status, "--reason" in missing.errors) == (2, True)
+        reason = ("--reason", "moved away", "--id", "2", "--dsn", dsn)
+        assert outbox("failures", "discard", "--dry-run", *reason).output == "1 key would be given up\n"
+        assert outbox("failures", "discard", *reason).output == "1 key given up\n"
+        assert execute(dsn, "select resource_id, reason from outbox_discarded") == [("2", "moved away")]
+        assert "must be retrying or dead" in outbox("failures", "redrive", "--state", "odd", "--dsn", dsn).errors
+        for command in ("redrive", "discard"):
+            unknown = outbox("failures", command, "--backend", "nobody", "--reason", "x", "--dsn", dsn)
+            assert unknown.status == 2
+
+
+class TestPause:
+    async def test_stops_and_goes_on(self, primary: AsyncEngine, dsn: str):
+        """D52: and status shows it."""
+        manager = SyncManager(primary, [MemorySecondary("copy")])
+        await manager.register()
+        assert "outbox resume copy" in outbox("pause", "copy", "--dsn", dsn).output
+        assert execute(dsn, "select status from outbox_secondary") == [("paused",)]
+        assert " paused " in outbox("status", "--dsn", dsn).output
+        assert outbox("resume", "copy", "--dsn", dsn).output == "copy is live\n"
+        assert execute(dsn, "select status from outbox_secondary") == [("live",)]
+        unknown = outbox("pause", "nobody", "--dsn", dsn)
+        assert (unknown.status, "copy" in unknown.errors) == (2, True)
+
 
 class TestRelay:
     @pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGINT])

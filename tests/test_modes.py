@@ -226,6 +226,25 @@ async def no_longer_owed(engine: AsyncEngine) -> bool:
     return await pending(engine, "search") == 0
 
 
+async def test_closing_hands_back_what_a_caller_had_in_hand(primary: AsyncEngine) -> None:
+    """L6, D3: the manager is closed while a secondary hangs under a caller's write: nothing spent, nothing lost."""
+    secondary = ScriptedSecondary("search")
+    async with managing(primary, secondary, mode="synchronous", shutdown_grace=0.2, lease=30) as manager:
+        await manager.sync(change("warm"))
+        secondary.hang()
+        calling = asyncio.create_task(manager.sync(change("1"), timeout=20))
+        await eventually(lambda: secondary.running)
+        await manager.aclose()
+        calling.cancel()
+    assert await rows(
+        primary, "select released, lost, retried from outbox_attempt order by attempt_id desc limit 1"
+    ) == [{"released": 1, "lost": 0, "retried": 0}]
+    secondary.release()
+    async with managing(primary, secondary) as manager:
+        await manager.relay().drain()
+    assert len(secondary.history) == 2
+
+
 async def test_callers_and_relays_race_for_the_same_rows_and_never_dispatch_twice(primary: AsyncEngine) -> None:
     """W10, D12, D14: 300 synchronous writes of few keys beside two relays; never two in flight for a key."""
     secondary = ScriptedSecondary("search", pace=lambda: random.uniform(0, 0.003))

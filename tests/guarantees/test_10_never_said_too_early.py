@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import asyncio
+import base64
 import random
+import zlib
 from contextlib import suppress
 
+import msgspec
 import pytest
 from sqlalchemy import text
 from sqlalchemy.ext.asyncio import AsyncEngine
 
 from outbox import InvalidToken, Registration, SyncEvent, SyncManager, SyncState, SyncToken, UnknownSecondary, record
 from outbox.secondaries.base import Rejected, Retry
+from outbox.token import Recorded
 from tests.relaying import change, claim_by_hand, execute, manager_of, pending, removal, running, write
 from tests.scripted import ScriptedSecondary
 from tests.waiting import eventually
@@ -283,3 +287,30 @@ async def test_two_transactions_are_waited_for_with_one_token(primary: AsyncEngi
     assert (status.events, status.done, status.synced) == (3, 3, True)
     assert len(secondary.history) == 3
     await write(manager, change("4"))
+
+
+async def test_a_token_is_the_same_however_it_is_put_together(primary: AsyncEngine) -> None:
+    _, manager = await one(primary)
+    tokens = [await written(manager, change(str(number)), change(f"also-{number}")) for number in range(3)]
+    whole = SyncToken.merged(tokens)
+    assert SyncToken.merged([*tokens, *tokens, whole]).positions == whole.positions == [1, 2, 3, 4, 5, 6]
+    assert SyncToken(str(whole)).recorded == whole.recorded
+    assert len(whole) < 120
+
+
+async def test_a_forged_token_costs_no_more_than_a_look(primary: AsyncEngine) -> None:
+    """What comes from outside may claim any number of events; it is looked through a page at a time."""
+    _, manager = await one(primary)
+    forged = Recorded(3, ("search",), ((1, 2**62),))
+    packed = msgspec.msgpack.encode([forged])
+    token = "o1." + base64.urlsafe_b64encode(zlib.crc32(packed).to_bytes(4) + packed).decode().rstrip("=")
+    result = await manager.wait_for_sync(token, timeout=5)
+    assert (result["search"].events, result["search"].done, bool(result)) == (2**62, 0, False)
+    for recorded in ([[-1, ["search"], [[1, 1]]]], [[1, ["search"], [[1, 2**63]]]], [[1, ["x" * 64], [[1, 1]]]], 7, []):
+        packed = msgspec.msgpack.encode(recorded)
+        token = "o1." + base64.urlsafe_b64encode(zlib.crc32(packed).to_bytes(4) + packed).decode().rstrip("=")
+        if recorded == []:
+            assert not await manager.wait_for_sync(token, timeout=0)
+        else:
+            with pytest.raises(InvalidToken):
+                await manager.wait_for_sync(token)
