@@ -96,7 +96,11 @@ async def _bisect(
         return
     try:
         outcomes = await secondary.apply([events[index] for index in chosen])
-    except (Unavailable, TimeoutError):
+    except Unavailable as error:
+        for index, outcome in zip(chosen, error.known, strict=False):
+            results[index] = outcome if isinstance(outcome, (Applied, Stale, Retry, Rejected)) else None
+        raise
+    except TimeoutError:
         raise
     except BaseException as error:
         # The one place that catches all: it turns it into an outcome. A panic of a Rust extension is no `Exception`.

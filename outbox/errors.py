@@ -21,6 +21,7 @@ No error carries content: messages name paths, keys and codes.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from datetime import timedelta
 
 __all__ = [
@@ -126,11 +127,20 @@ class Unavailable(SecondaryError):
     """The secondary cannot take anything now; no event is to blame and none spends an attempt.
 
     `code` is a short stable word for status pages (`refused`, `timeout`, `throttled`); `retry_after` is how long the
-    secondary asked to be left alone, if it said so.
+    secondary asked to be left alone, if it said so. `known` has what became of the batch's events before, None where
+    that is not known: one that went away half-way costs the rest no attempt either.
     """
 
-    def __init__(self, code: str, problem: str, *, retry_after: timedelta | None = None) -> None:
+    def __init__(
+        self,
+        code: str,
+        problem: str,
+        *,
+        retry_after: timedelta | None = None,
+        known: Sequence[object | None] = (),
+    ) -> None:
         super().__init__(f"{code}: {problem}")
         self.code = code
         self.problem = problem
         self.retry_after = retry_after
+        self.known = known

@@ -1,4 +1,4 @@
-"""Order and versions where it is easily lost: after pruning, crashes, replays by hand, and beside a frozen secondary."""
+"""Order and versions where they are easily lost: after pruning, crashes and replays, and beside a frozen secondary."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ async def positions(primary: AsyncEngine) -> list[int]:
 
 
 async def test_a_tombstone_outlives_all_that_the_primary_knew_of_its_key(primary: AsyncEngine, directory: Path) -> None:
-    """O4, O5: a write that was under way meanwhile is stale after everything was pruned; what is created again is not."""
+    """O4, O5: after everything was pruned, a write that was under way is stale, and what is created again is not."""
     sql = SqlSecondary("sql", f"sqlite+aiosqlite:///{directory}/held.db")
     manager = manager_of(primary, sql, **PRUNED_AT_ONCE)
     await manager.register()

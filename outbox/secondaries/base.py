@@ -79,7 +79,8 @@ class Secondary(Protocol):
         Must be idempotent and guarded: an event whose `position` is not above the one held for its key changes nothing
         and is `Stale`, also after a delete, however long ago. Create and update are one upsert; deleting what is
         absent is `Applied`. No two events of a batch share a key. Content must arrive to the letter. Item failures are
-        outcomes; raise `Unavailable` only when nothing of the batch could be tried or known. Let cancellation through.
+        outcomes; raise `Unavailable` when the secondary could not be asked at all, or no further, with what is `known`
+        of the batch by then. Let cancellation through.
         """
         ...
 

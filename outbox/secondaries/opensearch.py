@@ -92,8 +92,8 @@ class _SearchSecondary:
     async def apply(self, batch: Sequence[SyncEvent]) -> Sequence[Outcome]:
         """Write every event's document with its position as external version; a delete writes a tombstone.
 
-        Creates an index and its alias where they are missing. Raises `Unavailable` only while nothing of the batch is
-        known; once something is, the events behind a failure are `Retry`.
+        Creates an index and its alias where they are missing. Raises `Unavailable`, with what is known by then, when
+        the server does not answer.
         """
         outcomes: list[Outcome] = []
         parts = parts_of((write_of(event, self._prefix) for event in batch), self._bulk_bytes)
@@ -103,10 +103,8 @@ class _SearchSecondary:
             try:
                 answered = await self._write(part)
             except Unavailable as error:
-                if not outcomes:
-                    raise
-                left = len(batch) - len(outcomes)
-                return [*outcomes, *[Retry(error.code, after=error.retry_after)] * left]
+                error.known = outcomes
+                raise
             if answered is None:
                 half = len(part) // 2
                 halves += (part[half:], part[:half])

@@ -112,17 +112,15 @@ class ResourceStorageSecondary:
     async def apply(self, batch: Sequence[SyncEvent]) -> Sequence[Outcome]:
         """Upsert or delete each resource, under the event's id whatever the content says.
 
-        Raises `Unavailable` only while nothing of the batch is known; once something is, what is left is `Retry`. An
-        error that the store did not explain is raised as it is.
+        Raises `Unavailable`, with what is known by then, when the store is not there. An error that it did not explain
+        is raised as it is.
         """
         outcomes: dict[int, Outcome] = {}
         try:
             await self._carry(batch, outcomes)
         except Unavailable as error:
-            if not outcomes:
-                raise
-            left = Retry(error.code, error.problem, error.retry_after)
-            return [outcomes.get(index, left) for index in range(len(batch))]
+            error.known = [outcomes.get(index) for index in range(len(batch))]
+            raise
         return [outcomes[index] for index in range(len(batch))]
 
     async def scan(self, tenant_id: str, resource_type: str, after: str | None = None) -> AsyncIterator[ResourceDigest]:

@@ -232,11 +232,15 @@ async def test_a_store_that_goes_amid_a_batch_leaves_what_it_did(
     notes: ResourceStorageSecondary, storage: FaultyStorage
 ):
     storage.faults["e"] = raising(Unavailable("down", "for an hour", retry_after=timedelta(hours=1)))
-    outcomes = await notes.apply(named("abcdefghijkl"))
-    left = Retry("down", "for an hour", timedelta(hours=1))
-    known = [outcome for outcome in outcomes if outcome != left]
-    assert outcomes[4] == outcomes[-1] == left
+    with pytest.raises(Unavailable) as caught:
+        await notes.apply(named("abcdefghijkl"))
+    outcomes = caught.value.known
+    known = [outcome for outcome in outcomes if outcome is not None]
+    assert (len(outcomes), outcomes[4], outcomes[-1], caught.value.retry_after) == (12, None, None, timedelta(hours=1))
     assert set(known) == {Applied()}
+    dispatched = await dispatch(notes, attempt(named("abcdefghijkl")), timedelta(seconds=30))
+    assert dispatched.unavailable is not None
+    assert dispatched.results[4] == dispatched.results[-1] == Released("down"), "an outage costs no event an attempt"
     assert [digest.resource_id for digest in await seen(notes)] == list("abcdfghijkl"[: len(known)])
 
 
