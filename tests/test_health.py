@@ -30,7 +30,7 @@ SOON = {"unhealthy_after_silence": 0.6}
 # Evidence of attempts alone: nothing else may turn these red on a slow machine.
 PATIENT: dict[str, Any] = {"unhealthy_lag": None, "unhealthy_after_silence": None}
 STATUS = BackendSyncStatus(
-    "search", "live", 0, 0, 0, 0, timedelta(0), "closed", None, None, None, 0, 0, 0, 0, 0, 0, None, timedelta(0), 0.0
+    "search", "live", *[0] * 4, timedelta(0), "closed", *[None] * 3, *[0] * 7, None, timedelta(0), 0.0
 )
 
 

@@ -121,17 +121,26 @@ async def _silent(manager: SyncManager, backend_id: str) -> bool:
 
 
 async def test_a_relay_started_twice_and_others_beside_it_carry_everything_once(primary: AsyncEngine) -> None:
-    """Seed D31: starting replaces nothing and drops nothing, however often and wherever it is done."""
-    secondary = ScriptedSecondary("search", pace=lambda: 0.002)
-    manager, other = (manager_of(primary, secondary, batch_size=7, lease=30) for _ in range(2))
+    """Seed D31: starting replaces nothing and drops nothing, however often it is done, and with work in hand."""
+    secondary = ScriptedSecondary("search")
+    manager, other = (manager_of(primary, secondary, batch_size=7, lease=0.6) for _ in range(2))
     await manager.register()
     relay = manager.relay()
-    async with running(relay, relay, manager.relay(), other.relay()):
-        for number in range(10):
-            await write(manager, *(change(f"{number}-{each}") for each in range(20)))
-        await eventually(lambda: owed(primary, "search", 0))
-    assert len(secondary.sent) == len(set(secondary.sent)) == 200
-    assert await value(primary, "select coalesce(sum(lost), 0) from outbox_attempt") == 0
+    secondary.hang()
+    async with running(relay):
+        await write(manager, *(change(f"{number}") for number in range(100)))
+        await eventually(lambda: len(secondary.running) == 4)
+        async with running(manager.relay(), other.relay()):
+            again = asyncio.create_task(relay.run())
+            kept = (
+                "select bool_and(lease_until > started_at + interval '2 s') from outbox_attempt where attempt_id <= 4"
+            )
+            await eventually(lambda: value(primary, kept))
+            secondary.release()
+            await eventually(lambda: owed(primary, "search", 0))
+    await again
+    assert len(secondary.sent) == len(set(secondary.sent)) == 100
+    assert await value(primary, "select sum(lost) from outbox_attempt") == 0
 
 
 REFUSED = [
