@@ -56,7 +56,7 @@ class Carrier:
         self._stopping = False
         self._alone = False
         self._alone_out = False
-        self._resume_at = self._raise_floors_at = self._say_looked_at = 0.0
+        self._resume_at = self._floors_raised_at = self._say_looked_at = 0.0
         self._look_everywhere_at = time.monotonic() + _LOOK_EVERYWHERE_EVERY
 
     async def run(self) -> None:
@@ -75,8 +75,7 @@ class Carrier:
             failures = 0
             for attempt in attempts or ():
                 self.hands.take(attempt)
-            if attempts and time.monotonic() >= self._raise_floors_at:
-                await self._raise_floors()
+            await self._mind_floors(busy=bool(attempts))
             if attempts or await self._rung(sleep):
                 sleep = _SHORTEST_SLEEP
             else:
@@ -88,7 +87,9 @@ class Carrier:
         self._resume_at = 0.0
         while (attempts := await self._claim(1)) is None:
             await self._rung(_SHORTEST_SLEEP)
-        return sum([await self.hands.take(attempt) for attempt in attempts])
+        carrying = [self.hands.take(attempt) for attempt in attempts]
+        await self._mind_floors(busy=bool(attempts))
+        return sum([await each for each in carrying])
 
     async def seize(self, positions: Sequence[int], until: float) -> int:
         """Carry these events now, for a caller who waits for them; return how many were in hand, 0 if none could be.
@@ -114,13 +115,9 @@ class Carrier:
         self.ring()
 
     async def tidy(self) -> None:
-        """Fold finished attempts, raise the floors, and now and then look below them."""
+        """Fold finished attempts into the totals."""
         async with self._primary.connection() as connection:
             await fold(connection, self._config.database_schema, self.backend_id)
-            await advance_floors(connection, self._config.database_schema, self.backend_id, self._lanes)
-        if time.monotonic() >= self._look_everywhere_at:
-            self._lanes.look_everywhere()
-            self._look_everywhere_at = time.monotonic() + _LOOK_EVERYWHERE_EVERY
 
     async def _claim(self, slots: int) -> list[Opened] | None:
         """Open attempts; an empty list says that nothing is due, None that it is worth looking again."""
@@ -179,9 +176,16 @@ class Carrier:
             )
         return [] if attempt_id is None else [Opened(attempt_id, turn.log_order, held=False)]
 
-    async def _raise_floors(self) -> None:
-        """Keep the scans of a busy relay short: what it has delivered is soon more than what it claims."""
-        self._raise_floors_at = time.monotonic() + _RAISE_FLOORS_EVERY
+    async def _mind_floors(self, *, busy: bool) -> None:
+        """Between two claims keep the next ones short: what was delivered is soon more than what is claimed."""
+        now = time.monotonic()
+        if now >= self._look_everywhere_at:
+            self._lanes.look_everywhere()
+            self._look_everywhere_at = now + _LOOK_EVERYWHERE_EVERY
+        every = _RAISE_FLOORS_EVERY if busy else self._config.prune_interval.total_seconds()
+        if now - self._floors_raised_at < every:
+            return
+        self._floors_raised_at = now
         with suppress(*PRIMARY_FAILED):
             async with self._primary.connection() as connection:
                 await advance_floors(connection, self._config.database_schema, self.backend_id, self._lanes)

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
+import random
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 from uuid import UUID
 
@@ -10,11 +13,24 @@ import pytest
 from sqlalchemy.ext.asyncio import AsyncEngine
 from tenacity import stop_after_attempt, stop_after_delay, wait_incrementing
 
-from outbox import RetryPolicy, SyncManager
+from outbox import Registration, RetryPolicy, SyncManager
 from outbox.attempt import Attempt
 from outbox.load import load
 from outbox.secondaries.base import Outcome, Rejected, Retry
-from tests.relaying import change, claim_by_hand, execute, hold_of, manager_of, raw, rows, running, write
+from tests.relay_process import Effects, RelayProcess, effects_in, told
+from tests.relaying import (
+    change,
+    claim_by_hand,
+    dsn_of,
+    execute,
+    hold_of,
+    manager_of,
+    raw,
+    rows,
+    running,
+    value,
+    write,
+)
 from tests.scripted import Hang, ScriptedSecondary
 from tests.waiting import eventually
 
@@ -151,3 +167,84 @@ async def test_only_the_holder_of_an_open_attempt_can_load_it(primary: AsyncEngi
     await execute(primary, "update outbox_attempt set finished_at = now()")
     assert await loaded(1) is None
     assert secondary.sent == []
+
+
+TRANSITIONS = """
+create table died (state text, attempts integer, error_code text, error text);
+create function note_death() returns trigger language plpgsql as $$
+begin
+    if tg_op = 'INSERT' or old.state <> 'dead' or old.attempts <> new.attempts then
+        insert into died values (new.state, new.attempts, new.error_code, new.error);
+    end if;
+    return null;
+end $$;
+create trigger note_death after insert or update on outbox_hold
+    for each row when (new.state = 'dead') execute function note_death()
+"""
+
+
+@pytest.mark.parametrize("ordering", ["state", "log"])
+async def test_an_event_dies_exactly_once_however_often_its_relays_are_killed(
+    primary: AsyncEngine, database: str, tmp_path: Path, ordering: Any
+) -> None:
+    """B6, B2: killed with the event in hand and about to be settled; attempts are the claims, and the error stays."""
+    most = 6
+    manager = manager_of(primary, Registration(ScriptedSecondary("effects"), ordering=ordering))
+    await manager.register()
+    async with raw(primary) as connection:
+        await connection.execute(TRANSITIONS)
+    settings = {"lease": 0.3, "max_attempts": most, "retry_initial": 0.001, "retry_max": 0.001}
+    await write(manager, told("poison", "retry"))
+    async with effects_in(database) as effects:
+        for round_ in range(4 * most):
+            asked = len(await effects.asked("poison"))
+            terms = {"backends": {"effects": ordering}, **settings}
+            with RelayProcess(dsn_of(primary), effects.dsn, tmp_path / "log", **terms) as relay:
+                await write(manager, change(f"fine-{round_}"))
+                await eventually(lambda asked=asked: _asked_or_dead(primary, effects, asked))
+                # A moment of chance: before, in or after the settle.
+                await asyncio.sleep(random.uniform(0, 0.01))
+                relay.kill()
+            if await value(primary, "select count(*) from died"):
+                break
+        with RelayProcess(dsn_of(primary), effects.dsn, tmp_path / "log", **terms):
+            await write(manager, change("last"))
+            await eventually(lambda: effects.asked("last"))
+            await eventually(lambda: value(primary, "select count(*) = 1 from outbox_hold"))
+    assert [row["attempts"] for row in await rows(primary, "select * from died")] == [most]
+    hold = await hold_of(primary, "poison")
+    assert hold is not None
+    assert (hold["state"], hold["attempts"], hold["next_attempt_at"]) == ("dead", most, None)
+    assert hold["error_code"] in ("told", "lost")
+    spent = """
+    select count(*) from outbox_attempt, unnest(event_ids) as owed (event_id)
+    where owed.event_id = :poison and retried + lost > 0
+    """
+    assert await value(primary, spent, poison=hold["event_ids"][0]) == most
+
+
+async def _asked_or_dead(primary: AsyncEngine, effects: Effects, already: int) -> bool:
+    dead = await value(primary, "select count(*) from died")
+    return bool(dead) or len(await effects.asked("poison")) > already
+
+
+async def test_the_history_of_a_key_that_fails_for_ever_is_bounded(primary: AsyncEngine) -> None:
+    """B7: one row however often it failed, of bounded size whatever the error says; attempts go when they are old."""
+    often = {"retry_initial": 0.001, "retry_max": 0.001, "max_attempts": 1_000_000}
+    secondary, manager = await one(primary, **often, keep_attempts=0.05, prune_interval=0.02)
+    secondary.always("1", Retry("busy" * 10_000, "ä" * 5_000_000))
+    await write(manager, change("1"))
+    size = "select pg_column_size(hold.*) from outbox_hold as hold"
+    async with running(manager.relay()):
+        await eventually(lambda: value(primary, "select max(attempts) >= 2 from outbox_hold"))
+        first = await value(primary, size)
+        # As if it had gone on for days.
+        await execute(primary, "update outbox_hold set attempts = 100000")
+        await eventually(lambda: value(primary, "select attempts >= 100100 from outbox_hold"))
+        assert await value(primary, "select count(*) from outbox_hold") == 1
+        assert await value(primary, size) <= first + 16
+        await eventually(lambda: value(primary, "select min(attempt_id) > 50 from outbox_attempt"))
+    (hold,) = await rows(primary, "select error_code, error, cardinality(event_ids) as owed from outbox_hold")
+    assert (len(hold["error_code"]), len(hold["error"]), hold["owed"]) == (64, 1024, 1)
+    status = await manager.backend_status("search")
+    assert status.retried >= 100, "what is gone is still counted"

@@ -151,3 +151,25 @@ async def test_a_transaction_that_never_ends_stops_no_delivery(
         for number in range(20):
             await write(manager, change(str(number), tenant=f"tenant-{number}"))
         await eventually(lambda: len(secondary.held) == 20, timedelta(seconds=5))
+
+
+async def test_a_relay_s_floors_follow_what_it_delivered_and_a_look_below_them_is_not_undone(
+    primary: AsyncEngine,
+) -> None:
+    """PERFORMANCE: busy or idle; the net under their reasoning really looks at everything once."""
+    secondary = ScriptedSecondary("search")
+    manager = manager_of(primary, secondary, prune_interval=0.05)
+    await manager.register()
+    relay = manager.relay()
+    carrier = relay._carriers["search"]
+    async with running(relay):
+        for _ in range(3):
+            await write(manager, *(change(str(number)) for number in range(50)))
+            highest = await value(primary, "select max(event_id) from outbox")
+            await eventually(lambda least=highest: min(carrier._lanes.floors) >= least)
+        lanes, looked = carrier._lanes, []
+        shares = lanes.shares
+        lanes.shares = lambda size: looked.append(min(lanes.floors)) or shares(size)  # type: ignore[method-assign,func-returns-value]
+        carrier._look_everywhere_at = 0.0
+        await eventually(lambda: 0 in looked)
+        await eventually(lambda: min(lanes.floors) >= highest)

@@ -12,6 +12,7 @@ from sqlalchemy.ext.asyncio import AsyncEngine
 
 from outbox import Outcome, SyncEvent, SyncManager
 from outbox.errors import Unavailable
+from outbox.secondaries.opensearch_answer import retry_after_of
 from tests.relaying import change, execute, hold_of, manager_of, pending, rows, running, value, write
 from tests.scripted import Call, CheckedSecondary, Hang, ScriptedSecondary
 from tests.waiting import eventually
@@ -172,6 +173,67 @@ async def test_retry_after_is_clamped(primary: AsyncEngine) -> None:
         wait = (await breaker(primary))["wait"]
         assert timedelta(seconds=least) <= wait < timedelta(seconds=most + 0.9)
         await execute(primary, "update outbox_secondary set breaker_until = now()")
+
+
+FORMS = {
+    "seconds": ("7", 7, 7),
+    "a date": ("Thu, 01 Jan 2026 00:00:09 GMT", 9, 9),
+    "a date in the past": ("Wed, 31 Dec 2025 00:00:00 GMT", 0.5, 1),
+    "a date too far": ("Fri, 31 Dec 9999 23:59:59 GMT", 20, 20),
+    "zero": ("0", 0.5, 1),
+    "huge": ("9" * 400, 20, 20),
+    "negative": ("-5", 0.5, 1),
+    "a fraction": ("7.5", 0.5, 1),
+    "garbage": ("soon\x00", 0.5, 1),
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+async def test_a_retry_after_in_any_form_is_a_wait_of_the_whole_secondary(primary: AsyncEngine, form: str) -> None:
+    """B4: read or ignored, clamped to `retry_max`; nothing else is sent meanwhile, and no event pays for it."""
+    header, least, most = FORMS[form]
+    secondary, manager = await one(primary, breaker_threshold=1, retry_max=20, breaker_initial=1, breaker_max=1)
+    asked = retry_after_of({"Retry-After": header, "Date": "Thu, 01 Jan 2026 00:00:00 GMT"})
+    secondary.down = Unavailable("throttled", "", retry_after=asked)
+    await write(manager, change("1"))
+    assert await manager.relay().run_once("search") == 1
+    wait = (await breaker(primary))["wait"]
+    assert timedelta(seconds=least) <= wait < timedelta(seconds=most + 0.9)
+    await write(manager, change("2"), change("3", tenant="other"))
+    assert await manager.relay().run_once("search") == 0
+    assert len(secondary.calls) == 1
+    assert await value(primary, "select max(attempts) from outbox_hold") == 0
+
+
+async def test_a_storm_of_refusals_opens_the_breaker_once(primary: AsyncEngine) -> None:
+    """B4: eight batches are out when the secondary throttles; they wait together for as long as it asked."""
+    secondary, manager = await one(primary, retry_max=60, batch_size=2, attempts_in_flight=8, lease=30)
+    secondary.hang()
+    await write(manager, *(change(str(number)) for number in range(40)))
+    async with running(manager.relay()):
+        await eventually(lambda: len(secondary.running) == 8)
+        secondary.down = Unavailable("throttled", "", retry_after=timedelta(seconds=30))
+        secondary.release()
+        await eventually(
+            lambda: value(primary, "select count(*) = 8 from outbox_attempt where finished_at is not null")
+        )
+    assert len(secondary.calls) == 8
+    (row,) = await rows(primary, "select breaker, breaker_opens from outbox_secondary")
+    assert row == {"breaker": "open", "breaker_opens": 1}
+    assert timedelta(seconds=25) < (await breaker(primary))["wait"] <= timedelta(seconds=30.9)
+
+
+async def test_no_number_of_failed_probes_overflows_the_wait(primary: AsyncEngine) -> None:
+    """B5: a secondary that was away for years is asked as often as one that was away for an hour."""
+    secondary, manager = await one(primary, breaker_initial=1, breaker_max=6)
+    secondary.down = REFUSED
+    await write(manager, change("1"))
+    for opens in (31, 10**6, 2**31 - 2):
+        many = "breaker = 'half_open', breaker_until = now()"
+        await execute(primary, f"update outbox_secondary set {many}, breaker_opens = :opens", opens=opens)
+        await execute(primary, "update outbox_secondary set breaker_failures = :opens", opens=opens)
+        assert await manager.relay().run_once("search") == 1
+        assert timedelta(seconds=3) <= (await breaker(primary))["wait"] < timedelta(seconds=6.9)
 
 
 async def test_recovery_ramps_up(primary: AsyncEngine) -> None:

@@ -222,3 +222,32 @@ async def test_lag_is_never_negative_whichever_way_the_clock_was_set(server: Set
     async with running(manager.relay()):
         await eventually(lambda: nothing_owed(engine), SOON)
     assert (await manager.backend_status("search")).lag == timedelta(0)
+
+
+async def test_a_day_is_as_long_when_clocks_go_forward(server: SetPostgres, engine: AsyncEngine) -> None:
+    """T6: for a role in Berlin the night has an hour less; leases and schedules of a day do not."""
+    await execute(engine, "alter role postgres set timezone = 'Europe/Berlin'")
+    now: datetime = await value(engine, "select clock_timestamp()")
+    evening = datetime(now.year + 1, 3, 24, 18, tzinfo=UTC)
+    # The last Sunday of March begins at most a day later.
+    evening += timedelta(days=(5 - evening.weekday()) % 7)
+    await set_clock(server, engine, int((evening - now).total_seconds()))
+    hours = "select extract(epoch from clock_timestamp() + interval '1 day' - clock_timestamp()) / 3600"
+    assert round(await value(engine, hours)) == 23, "nothing happens in this night"
+    secondary = ScriptedSecondary("search")
+    days: dict[str, Any] = {"lease": 86_400, "attempt_deadline": 86_400, "retry_max": 2 * 86_400}
+    manager = manager_of(engine, secondary, **days, breaker_threshold=1)
+    await manager.register()
+    secondary.script("1", Retry("busy", after=timedelta(days=1)))
+    await write(manager, change("1"))
+    await manager.relay().run_once("search")
+    secondary.down = Unavailable("throttled", "", retry_after=timedelta(days=1))
+    await write(manager, change("2"))
+    await manager.relay().run_once("search")
+    seconds = "select round(extract(epoch from {})) from {}"
+    held = seconds.format("next_attempt_at - last_failed_at", "outbox_hold where resource_id = '1'")
+    leased = seconds.format("min(lease_until - started_at)", "outbox_attempt")
+    opened = seconds.format(
+        "breaker_until - max(finished_at)", "outbox_secondary, outbox_attempt group by breaker_until"
+    )
+    assert [int(await value(engine, each)) for each in (held, leased, opened)] == [86_400] * 3

@@ -352,6 +352,7 @@ NOW = datetime(2026, 3, 1, 12, 0, 0, tzinfo=UTC)
     ids=lambda value: str(value)[:20],
 )
 def test_retry_after_is_read_clamped_or_ignored(value: str, expected: timedelta | None):
+    """B4: seconds and dates; negative, huge, fractional and garbled."""
     headers = {"Retry-After": value, "Date": format_datetime(NOW, usegmt=True)}
     assert retry_after_of(headers) == expected
 
