@@ -28,10 +28,10 @@ from outbox.testing.postgres import EmbeddedPostgres
 
 WAITERS = 2_000
 SINGLES = 30
-# For any number of callers: the poller's longest sleep, two looks, and room for a busy machine.
+# The poller's longest sleep, two looks, and room for a busy machine.
 MOST_MS = 500
-# At its busiest the poller asks two questions per look, and looks every few milliseconds.
-MOST_STATEMENTS = 500
+# 2,000 who each asked for themselves, at their longest sleep, would be 10,000 a second.
+MOST_STATEMENTS = 200
 # How long the relay stays away: hardly, and long enough for all to be at their longest sleep.
 AWAY = (0.0, 3.0)
 _TIMEOUT = 60.0

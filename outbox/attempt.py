@@ -15,6 +15,7 @@ from outbox.secondaries.base import Applied, Rejected, Retry, Stale
 __all__ = ["Attempt", "Held", "Lost", "Released", "Result", "Superseded"]
 
 _POSITION = -2
+_REMEMBERED = 4
 
 _OPERATIONS = {str(operation): operation for operation in Operation}
 
@@ -62,17 +63,24 @@ class Attempt(msgspec.Struct, frozen=True):
     backend_id: str
     log_order: bool
     events: list[SyncEvent]
-    held: dict[tuple[str, str, str], Held]
+    held: dict[tuple[str, str, str], Held] = {}
 
     @classmethod
     def of_rows(cls, attempt_id: int, backend_id: str, *, log_order: bool, rows: Sequence[Sequence[Any]]) -> Self:
-        """Build from rows of what a hold remembers (null for no hold) and an event's columns."""
-        # An event that somebody deleted by hand leaves nothing to deliver, but its attempt must be closed.
-        events = [_event(row) for row in rows if row[_POSITION] is not None]
+        """Build from rows of an event's columns, in the order of `SyncEvent`'s fields."""
+        events = [_event(row) for row in rows]
         # Sorted here, because sorting wide rows in the database costs more.
         events.sort(key=attrgetter("position"))
+        return cls(attempt_id, backend_id, log_order, events)
+
+    @classmethod
+    def of_held(cls, attempt_id: int, backend_id: str, *, log_order: bool, rows: Sequence[Sequence[Any]]) -> Self:
+        """Build from rows of what a hold remembers (null for no hold) and an event's columns."""
+        # An event that somebody deleted by hand leaves nothing to deliver, but its attempt must be closed.
+        found = [row[_REMEMBERED:] for row in rows if row[_POSITION] is not None]
         held = {tuple(row[4:7]): Held(*row[:4]) for row in rows if row[0] is not None}
-        return cls(attempt_id, backend_id, log_order, events, held)
+        attempt = cls.of_rows(attempt_id, backend_id, log_order=log_order, rows=found)
+        return msgspec.structs.replace(attempt, held=held)
 
     def alike(self, result: Result) -> list[Result]:
         """Give every event one result; in state order older events of a key are superseded whatever happens."""
@@ -83,7 +91,7 @@ class Attempt(msgspec.Struct, frozen=True):
 
 
 def _event(row: Sequence[Any]) -> SyncEvent:
-    _, _, _, _, tenant, kind, name, operation, content, version, fhir_version, bulk_id, headers, position, at = row
+    tenant, kind, name, operation, content, version, fhir_version, bulk_id, headers, position, at = row
     # A word of a newer version stays as it is: dispatch refuses it, so that it is failing and visible.
     known = _OPERATIONS.get(operation, operation)
     return SyncEvent(tenant, kind, name, known, content, version, fhir_version, bulk_id, headers, position, at)

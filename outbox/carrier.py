@@ -68,7 +68,9 @@ class Carrier:
             try:
                 attempts = await self._claim(room) if (room := await self._worthwhile_room()) else []
             except PRIMARY_FAILED as error:
-                _log.warning("%s: claim failed (%s)", self.backend_id, code_of(error))
+                code = code_of(error)
+                extra = {"outbox_backend_id": self.backend_id, "outbox_error_code": code}
+                _log.warning("%s: claim failed (%s)", self.backend_id, code, extra=extra)
                 failures, self._say_looked_at = failures + 1, 0.0
                 await self._primary.recover(failures)
                 continue
@@ -128,7 +130,9 @@ class Carrier:
                 return None
             # What is less is over in a lease, and a clock may be corrected a little at any time.
             if turn.ahead > self._config.lease:
-                _log.warning("%s: the primary's clock was set back by %.0f s", backend_id, turn.ahead.total_seconds())
+                back = turn.ahead.total_seconds()
+                fields = {"outbox_backend_id": backend_id}
+                _log.warning("%s: the primary's clock was set back by %.0f s", backend_id, back, extra=fields)
                 await set_back(connection, schema, backend_id, turn)
                 return None
             await self._say_looked(connection)
@@ -139,7 +143,8 @@ class Carrier:
                 return await self._claim_in_turn(connection, turn, slots)
         # Settled outside the turn, each by its own fence: whoever else found them loses.
         for attempt in lost:
-            _log.warning("%s: taking over attempt %d, whose lease ran out", backend_id, attempt.attempt_id)
+            taken: dict[str, object] = {"outbox_backend_id": backend_id, "outbox_attempt_id": attempt.attempt_id}
+            _log.warning("%s: taking over attempt %d, whose lease ran out", backend_id, attempt.attempt_id, extra=taken)
             await self.hands.settle(attempt, Dispatched(attempt.alike(Lost())), expired=True)
         self.ring()
         return None

@@ -16,6 +16,7 @@ from outbox.errors import SettingsError
 from outbox.failure_commands import failures
 from outbox.health import reasons_in
 from outbox.interrupt import until_signal
+from outbox.metrics import exposition
 from outbox.migrate import migration_sql
 from outbox.options import App, Backend, Config, Dsn, Json, Schema
 from outbox.reach import manager_of, place_of, tables_of
@@ -24,7 +25,7 @@ from outbox.render import console, drift_table, drift_text, json_text, status_ta
 from outbox.settings import SyncConfig
 from outbox.status import lag_text
 
-__all__ = ["app", "demo", "migrate_tables", "pause", "reconcile", "relay", "resume", "status"]
+__all__ = ["app", "demo", "metrics", "migrate_tables", "pause", "reconcile", "relay", "resume", "status"]
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -106,6 +107,13 @@ def status(
     else:
         typer.echo("No secondary is registered yet; a relay registers those of its manager.")
     _exit(int(bool(reasons)))
+
+
+@app.command()
+def metrics(app: App = None, config: Config = None, dsn: Dsn = None, schema: Schema = None) -> None:
+    """Print what Prometheus reads: for the textfile collector of its node exporter, or where no page can be served."""
+    found = asyncio.run(errands.look_at_status(tables_of(app, config, dsn, schema)))
+    typer.echo(exposition(found).decode(), nl=False)
 
 
 app.add_typer(failures, name="failures")

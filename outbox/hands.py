@@ -19,7 +19,7 @@ from outbox.register import Registration
 from outbox.retry import RetryPolicy
 from outbox.secondaries.base import Applied, Rejected, Retry, Stale
 from outbox.settings import SyncConfig
-from outbox.settle import settle
+from outbox.settle import Settled, settle
 
 if TYPE_CHECKING:
     import asyncpg
@@ -118,7 +118,7 @@ class Hands:
         for failures in itertools.count(1):
             try:
                 async with self._primary.connection() as connection:
-                    ours = await settle(
+                    settled = await settle(
                         connection,
                         self._config.database_schema,
                         self._relay_id,
@@ -128,13 +128,16 @@ class Hands:
                         error_code=unavailable.code if unavailable else None,
                         expired=expired,
                     )
-                    if ours:
+                    if settled is not None:
+                        self._tell_dead(attempt.attempt_id, settled)
                         await self._mind_breaker(connection, dispatched)
                 break
             except PRIMARY_FAILED as error:
-                _log.warning("%s: settle failed (%s)", self._backend_id, code_of(error))
+                code = code_of(error)
+                extra = self._fields(attempt.attempt_id) | {"outbox_error_code": code}
+                _log.warning("%s: settle failed (%s)", self._backend_id, code, extra=extra)
                 await self._primary.recover(failures)
-        if not ours:
+        if settled is None:
             self._drop(attempt.attempt_id)
 
     def raise_defect(self) -> None:
@@ -175,7 +178,9 @@ class Hands:
                         held=held,
                     )
             except PRIMARY_FAILED as error:
-                _log.warning("%s: load failed (%s)", self._backend_id, code_of(error))
+                code = code_of(error)
+                extra = self._fields(attempt_id) | {"outbox_error_code": code}
+                _log.warning("%s: load failed (%s)", self._backend_id, code, extra=extra)
                 await self._primary.recover(failures)
         raise AssertionError("counting never ends")
 
@@ -198,7 +203,21 @@ class Hands:
             await self.settle(attempt, Dispatched(attempt.alike(Released())))
 
     def _drop(self, attempt_id: int) -> None:
-        _log.warning("%s: attempt %d was no longer ours; dropped", self._backend_id, attempt_id)
+        extra = self._fields(attempt_id)
+        _log.warning("%s: attempt %d was no longer ours; dropped", self._backend_id, attempt_id, extra=extra)
+
+    def _tell_dead(self, attempt_id: int, settled: Settled) -> None:
+        """Say how many keys are dead and why, once for the attempt; which ones is for `failures` to tell."""
+        if settled.dead:
+            code, extra = settled.error_code, self._fields(attempt_id)
+            extra |= {"outbox_dead": settled.dead, "outbox_error_code": code}
+            _log.warning(
+                "%s: dead keys after attempt %d: %d (%s)", self._backend_id, attempt_id, settled.dead, code, extra=extra
+            )
+
+    def _fields(self, attempt_id: int) -> dict[str, object]:
+        """What a handler of structured logs gets with every line about an attempt."""
+        return {"outbox_backend_id": self._backend_id, "outbox_attempt_id": attempt_id}
 
     def _carried(self, carrying: asyncio.Task[int]) -> None:
         self._carrying.discard(carrying)

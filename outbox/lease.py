@@ -73,6 +73,6 @@ async def expired(
     parameters = {"backend_id": backend_id, "folded_through": folded_through}
     rows = await connection.fetch(*EXPIRED.arguments(schema, parameters))
     return [
-        Attempt.of_rows(attempt_id, backend_id, log_order=log_order, rows=[row[1:] for row in group])
+        Attempt.of_held(attempt_id, backend_id, log_order=log_order, rows=[row[1:] for row in group])
         for attempt_id, group in groupby(rows, key=lambda row: row[0])
     ]

@@ -14,10 +14,25 @@ from outbox.schema import Statement
 if TYPE_CHECKING:
     import asyncpg
 
-__all__ = ["LOAD", "load"]
+__all__ = ["LOAD", "LOAD_HELD", "load"]
 
-# Asked only if something may be held: that a key was held is known to its hold until the attempt is settled.
+# One walk through one index, at less than half the price of a join.
 LOAD = Statement("""
+select event.tenant_id, event.resource_type, event.resource_id, event.operation,
+       cast(event.content as text) as content, event.version,
+       event.fhir_version, event.bulk_id, cast(event.headers as text) as headers, event.event_id,
+       greatest(least(event.created_at, timestamptz '9999-01-01'), timestamptz '0001-01-02') as created_at
+from {schema}.outbox as event
+where event.event_id = any (cast((
+    select attempt.event_ids from {schema}.outbox_attempt as attempt
+    where attempt.backend_id = :backend_id and attempt.attempt_id = :attempt_id
+      and attempt.relay_id = cast(:relay_id as uuid) and attempt.finished_at is null
+) as bigint[]))
+""")
+
+# What holds remember of their keys too: until the attempt is settled, only they know that a key was held. An attempt
+# that is ours has a row here even when somebody deleted its events.
+LOAD_HELD = Statement("""
 select hold.attempts, hold.lost, statement_timestamp() - hold.first_failed_at as failing_for, hold.oldest_id,
        event.tenant_id, event.resource_type, event.resource_id, event.operation,
        cast(event.content as text) as content, event.version,
@@ -31,7 +46,7 @@ left join lateral (
 left join lateral (
     select hold.attempts, hold.lost, hold.first_failed_at, hold.oldest_id
     from {schema}.outbox_hold as hold
-    where cast(:held as boolean) and hold.backend_id = :backend_id
+    where hold.backend_id = :backend_id
       and hold.key_hash = hashtextextended(event.tenant_id || '/' || event.resource_type || '/' || event.resource_id, 0)
       and hold.tenant_id = event.tenant_id
       and hold.resource_type = event.resource_type and hold.resource_id = event.resource_id
@@ -56,6 +71,9 @@ async def load(
 
     `held` asks for what holds remember of its keys: it may be False only for an attempt that no hold was taken into.
     """
-    parameters = {"backend_id": backend_id, "relay_id": relay_id, "attempt_id": attempt_id, "held": held}
-    rows = await connection.fetch(*LOAD.arguments(schema, parameters))
-    return Attempt.of_rows(attempt_id, backend_id, log_order=log_order, rows=rows) if rows else None
+    parameters = {"backend_id": backend_id, "relay_id": relay_id, "attempt_id": attempt_id}
+    rows = [] if held else await connection.fetch(*LOAD.arguments(schema, parameters))
+    if rows:
+        return Attempt.of_rows(attempt_id, backend_id, log_order=log_order, rows=rows)
+    rows = await connection.fetch(*LOAD_HELD.arguments(schema, parameters))
+    return Attempt.of_held(attempt_id, backend_id, log_order=log_order, rows=rows) if rows else None

@@ -19,6 +19,7 @@ from outbox.errors import SettingsError, UnknownSecondary
 from outbox.event import StoredResource, SyncEvent
 from outbox.follow import Follower
 from outbox.health import Checkup, Health, Roll
+from outbox.metrics import exposition
 from outbox.operate import Operator
 from outbox.reconcile import ReconciliationResult, SyncReconciler
 from outbox.record import record
@@ -201,6 +202,10 @@ class SyncManager(Operator):
             if status.backend_id == backend_id:
                 return status
         raise UnknownSecondary(backend_id, "the registry does not have it; a relay or register() puts it there")
+
+    async def metrics(self) -> bytes:
+        """Return `all_statuses` as Prometheus reads them, of `outbox.metrics.CONTENT_TYPE`. Needs `[metrics]`."""
+        return exposition(await self.all_statuses())
 
     async def health(self) -> Health:
         """Return how this process, its primary and every secondary are, with reasons.

@@ -180,7 +180,7 @@ def _hold(tables: MetaData) -> Table:
 
 def _discarded(tables: MetaData) -> Table:
     """What an operator gave up, for as long as its events are kept."""
-    return Table(
+    discarded = Table(
         "outbox_discarded",
         tables,
         Column("backend_id", _KEY_TEXT, primary_key=True),
@@ -198,6 +198,8 @@ def _discarded(tables: MetaData) -> Table:
         Column("discarded_at", _INSTANT, nullable=False, server_default=_now()),
         CheckConstraint("length(reason) between 1 and 1024", name="outbox_discarded_reason_short"),
     )
+    Index("outbox_discarded_age", discarded.c.discarded_at)
+    return discarded
 
 
 def _secondary(tables: MetaData) -> Table:

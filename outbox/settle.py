@@ -20,7 +20,7 @@ from outbox.secondaries.base import Applied, Rejected, Retry, Stale
 if TYPE_CHECKING:
     import asyncpg
 
-__all__ = ["CLOSE", "SETTLE", "Kept", "keep", "settle"]
+__all__ = ["CLOSE", "SETTLE", "Kept", "Settled", "keep", "settle"]
 
 # Nearly every batch ends so: nothing failed and nothing was held, and one row says it all.
 CLOSE = Statement("""
@@ -124,6 +124,13 @@ class Kept(msgspec.Struct, frozen=True):
     error: str | None = None
 
 
+class Settled(msgspec.Struct, frozen=True):
+    """What a settle that counted left behind: how many keys are dead now, and the code that most of them have."""
+
+    dead: int = 0
+    error_code: str | None = None
+
+
 async def settle(
     connection: asyncpg.Connection[Any],
     schema: str,
@@ -134,8 +141,8 @@ async def settle(
     *,
     error_code: str | None = None,
     expired: bool = False,
-) -> bool:
-    """Close `attempt` with one result per event; return False, having changed nothing, if the lease is not ours.
+) -> Settled | None:
+    """Close `attempt` with one result per event; return None, having changed nothing, if the lease is not ours.
 
     Autocommits. Any relay may close an `expired` attempt once its lease ran out, otherwise only its holder.
     """
@@ -148,7 +155,7 @@ async def settle(
         **_counts(counted),
     }
     if not expired and not attempt.held and not any(kind in counted for kind in _OWED):
-        return await connection.fetchval(*CLOSE.arguments(schema, parameters)) is not None
+        return Settled() if await connection.fetchval(*CLOSE.arguments(schema, parameters)) is not None else None
     kept, done = _sorted_out(attempt, results, policy)
     parameters |= {
         "expired": expired,
@@ -156,7 +163,8 @@ async def settle(
         **_done_parameters(done),
         **_kept_parameters(kept),
     }
-    return await connection.fetchval(*SETTLE.arguments(schema, parameters)) is not None
+    closed = await connection.fetchval(*SETTLE.arguments(schema, parameters)) is not None
+    return _left_by(kept) if closed else None
 
 
 def keep(
@@ -220,6 +228,11 @@ def _sorted_out(attempt: Attempt, results: Sequence[Result], policy: RetryPolicy
         elif key in attempt.held:
             done.append(key)
     return kept, done
+
+
+def _left_by(kept: list[Kept]) -> Settled:
+    codes = Counter(each.error_code for each in kept if each.state == "dead")
+    return Settled(codes.total(), codes.most_common(1)[0][0]) if codes else Settled()
 
 
 def _counts(found: Counter[type[Result]]) -> dict[str, int]:

@@ -108,7 +108,8 @@ def test_the_tracing_page_s_code_runs_and_prints_what_it_says(tmp_path: Path, po
 
 def test_the_modes_page_s_code_runs_and_says_what_it_promises(tmp_path: Path, postgres: PostgresServer) -> None:
     """D53, D54: the states that the page tells of are those a user meets."""
-    (tmp_path / "page.py").write_text("\n".join(blocks("docs/modes.md", "python")).replace("timeout=2.0", "timeout=0.1"))
+    code = "\n".join(blocks("docs/modes.md", "python"))
+    (tmp_path / "page.py").write_text(code.replace("timeout=2.0", "timeout=0.1"))
     with new_database(postgres) as name:
         application = tmp_path, os.environ | {"OUTBOX_DSN": postgres.dsn(name)}
         run(application, *OUTBOX, "migrate", "--dsn", postgres.dsn(name))

@@ -36,7 +36,7 @@ Connection = asyncpg.Connection
 Node = dict[str, Any]
 
 MANY, FEW = 200_000, 2_000
-RUN_BY_THE_RELAY = ("breaker", "claim", "lanes", "lease", "prune", "resume", "settle", "turn")
+RUN_BY_THE_RELAY = ("breaker", "claim", "lanes", "lease", "load", "prune", "resume", "seize", "settle", "turn")
 RELAYED = {name: each for name, each in statements().items() if name.split(".")[0] in RUN_BY_THE_RELAY}
 
 # What of an index a scan has to use: less of it, and the scan grows with the table.
@@ -48,6 +48,7 @@ WAYS = {
     "outbox_hold_pkey": {"backend_id", "key_hash"},
     "outbox_hold_due": {"backend_id", "alone", "next_attempt_at"},
     "outbox_hold_in_hand": {"backend_id"},
+    "outbox_discarded_age": {"discarded_at"},
 }
 # Whether a secondary has any hold: that stops at the first.
 ANY_HOLD = ({"turn.TURN", "claim.CLAIM"}, "outbox_hold_pkey", {"backend_id"})

@@ -27,6 +27,7 @@ LEVELS = {
     "session": "select 1",
 }
 A_SECOND = timedelta(seconds=1)
+THREE_LEASES = "select clock_timestamp() > cast(:stopped as timestamptz) + interval '0.9 seconds'"
 
 
 async def nothing_owed(primary: AsyncEngine) -> bool:
@@ -51,8 +52,7 @@ async def test_a_relay_that_is_suspended_again_and_again_loses_and_spoils_nothin
                 await eventually(lambda before=before: _busy(primary, effects, suspended, before))
                 suspended.signal(signal.SIGSTOP)
                 stopped = await value(primary, "select clock_timestamp()")
-                over = "select clock_timestamp() > cast(:stopped as timestamptz) + interval '0.9 seconds'"
-                await eventually(lambda stopped=stopped: value(primary, over, stopped=stopped))
+                await eventually(lambda stopped=stopped: value(primary, THREE_LEASES, stopped=stopped))
                 await write(manager, *(change(str(number), 100 + round_) for number in range(30)))
                 suspended.signal(signal.SIGCONT)
             await eventually(lambda: nothing_owed(primary), timedelta(seconds=40))
@@ -116,8 +116,7 @@ async def test_no_zone_of_server_role_or_session_moves_anything(primary: AsyncEn
             await eventually(lambda left=left: _is(engine, left))
     secondary.down = Unavailable("throttled", "", retry_after=timedelta(seconds=20))
     await write(manager, change("3"))
-    for _ in range(3):
-        await eventually(manager.relay().drain)
+    assert await manager.relay().drain() == 1
     opened = "select breaker_until - clock_timestamp() from outbox_secondary where breaker = 'open'"
     assert 15 * A_SECOND < await value(engine, opened) <= 20 * A_SECOND
     await engine.dispose()

@@ -251,6 +251,7 @@ def _create_discarded(schema: str) -> None:
         sa.CheckConstraint("length(reason) between 1 and 1024", name="outbox_discarded_reason_short"),
         schema=schema,
     )
+    op.create_index("outbox_discarded_age", "outbox_discarded", ["discarded_at"], schema=schema)
 
 
 def _create_secondary(schema: str) -> None:

@@ -148,7 +148,7 @@ async def test_only_one_of_two_relays_records_a_loss(primary: AsyncEngine) -> No
                 for connection, attempts in zip((one, two), found, strict=True)
             )
         )
-    assert sorted(settled) == [False, True]
+    assert [each is None for each in settled].count(True) == 1
     assert [row["attempts"] for row in await rows(primary, "select attempts from outbox_hold")] == [1, 1, 1]
     assert await value(primary, "select sum(lost) from outbox_attempt") == 3
 

@@ -138,6 +138,31 @@ async def test_a_quiet_tenant_is_served_in_one_of_the_next_claims(primary: Async
     assert max(waited.values()) <= 3, waited
 
 
+async def test_at_a_hundred_times_the_load_a_quiet_tenant_waits_for_a_few_batches(primary: AsyncEngine) -> None:
+    """F9: counted in batches that began between the quiet event's commit and its own, while the noisy one never ends."""
+    slots = 4
+    secondary = ScriptedSecondary("search", pace=lambda: 0.002)
+    manager = manager_of(primary, secondary, batch_size=20, attempts_in_flight=slots)
+    await manager.register()
+    lane = "select hashtextextended(:tenant, 0) & 63"
+    assert await value(primary, lane, tenant="noisy") != await value(primary, lane, tenant="quiet")
+    await execute(primary, FLOOD, tenant="noisy", many=NOISY)
+    waited = []
+    async with running(manager.relay()):
+        await eventually(lambda: len(secondary.calls) > 2 * slots)
+        for number in range(25):
+            await execute(primary, FLOOD, tenant="noisy", many=100)
+            name = f"quiet-{number}"
+            await write(manager, change(name, tenant="quiet"))
+            already = len(secondary.calls)
+            await eventually(lambda name=name: secondary.calls_with(name))
+            served = next(at for at, call in enumerate(secondary.calls) if name in call.names)
+            waited.append(served - already)
+        assert await pending(primary) > NOISY // 4, "the noisy one was done, so this shows nothing"
+    # What a claim under way takes, and three claims more, each for all slots.
+    assert max(waited) <= 4 * slots, waited
+
+
 async def test_a_noisy_tenant_is_served_in_full_batches(primary: AsyncEngine) -> None:
     """What is kept free for others costs the noisy one nothing while the others are silent."""
     secondary = ScriptedSecondary("search")

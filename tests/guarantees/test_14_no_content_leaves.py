@@ -160,6 +160,43 @@ def assert_silent(caplog: pytest.LogCaptureFixture) -> None:
     assert not [each for each in caplog.records if CANARY in repr(each.__dict__)]
 
 
+FIELDS = {"outbox_backend_id", "outbox_attempt_id", "outbox_error_code", "outbox_dead"}
+
+
+def fields_of(record: logging.LogRecord) -> dict[str, Any]:
+    """What a handler of structured logs gets beside the line."""
+    return {name: value for name, value in vars(record).items() if name.startswith("outbox_")}
+
+
+@pytest.mark.parametrize(
+    ("answer", "code"),
+    [
+        (lambda batch: [Rejected("malformed", ERROR) for _ in batch], "malformed"),
+        (raising(RuntimeError), "adapter_error"),
+    ],
+    ids=["rejected", "retried too often"],
+)
+async def test_keys_that_died_are_counted_in_a_line_that_names_none(
+    primary: AsyncEngine, caplog: pytest.LogCaptureFixture, answer: Answer, code: str
+) -> None:
+    """D69: one warning per attempt, its numbers as fields; what it is about is in `failures` and nowhere else."""
+    caplog.set_level(logging.DEBUG, "outbox")
+    manager = SyncManager(primary, [Faulty(answer)], config=HASTY)
+    assert await carried(manager) == []
+    lines = [each for each in caplog.records if "outbox_dead" in fields_of(each)]
+    assert sum(each.outbox_dead for each in lines) == len(await manager.failures()) == 3
+    async with primary.connect() as connection:
+        dying = text("select attempt_id from outbox_attempt where rejected > 0 or attempt_id > 1 order by attempt_id")
+        attempts = (await connection.execute(dying)).scalars().all()
+    for each in lines:
+        assert each.levelno == logging.WARNING
+        assert fields_of(each).keys() == FIELDS
+        assert (each.outbox_backend_id, each.outbox_error_code) == ("memory", code)
+        assert each.outbox_attempt_id in attempts
+    assert len({each.outbox_attempt_id for each in lines}) == len(lines), "more than a line for an attempt"
+    assert_silent(caplog)
+
+
 UNSEEN = "".join(map(chr, [*range(32), *range(0x7F, 0xA0), 0x61C, 0x200E, 0x200F, *range(0x202A, 0x202F)]))
 UNSEEN += "".join(map(chr, [0x2028, 0x2029, *range(0x2066, 0x206A), 0xD800, 0xDFFF]))
 HOSTILE = f"a{UNSEEN}b\0\r\nc\x1b[31m" + "\N{MAN}\N{COMBINING ACUTE ACCENT}x" * 3_000_000
@@ -172,7 +209,9 @@ HOSTILE_ANSWERS: dict[str, Answer] = {
 
 
 @pytest.mark.parametrize("answer", HOSTILE_ANSWERS)
-async def test_what_an_adapter_says_is_cleaned_cut_and_stored(primary: AsyncEngine, answer: str) -> None:
+async def test_what_an_adapter_says_is_cleaned_cut_and_stored(
+    primary: AsyncEngine, caplog: pytest.LogCaptureFixture, answer: str
+) -> None:
     """F6: PostgreSQL refuses some of it, terminals obey some of it, and nobody wants ten megabytes of it."""
     manager = SyncManager(primary, [Faulty(HOSTILE_ANSWERS[answer])], config=HASTY)
     assert await carried(manager) == []
@@ -185,7 +224,10 @@ async def test_what_an_adapter_says_is_cleaned_cut_and_stored(primary: AsyncEngi
     assert all(each.startswith("a") and len(each) <= 64 for each in kept)
     if answer != "unavailable":
         assert {len(each) for each in errors} == {1_024}
-    for each in [*kept, *filter(None, errors)]:
+    said = [each.getMessage() for each in caplog.records if each.name == "outbox.relay"]
+    assert len(said) == 0 if answer != "rejected" else said
+    assert all(len(each) < 150 for each in said)
+    for each in [*kept, *filter(None, errors), *said]:
         assert not set(each) & set(UNSEEN)
 
 
