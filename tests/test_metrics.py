@@ -227,6 +227,10 @@ async def test_totals_never_go_backwards_over_folds_prunes_and_restarts(primary:
     await manager.register()
     secondary.script("2", Retry("busy"), None)
     secondary.script("3", Rejected("malformed"))
+    secondary.always("given-up", Rejected("malformed"))
+    await write(manager, change("given-up"))
+    await manager.relay().drain()
+    assert await manager.discard(Which(), reason="never mind") == 1
     seen = [read(await manager.metrics())]
 
     async def grown(until: Callable[[], Awaitable[bool]]) -> bool:
@@ -243,7 +247,7 @@ async def test_totals_never_go_backwards_over_folds_prunes_and_restarts(primary:
     # The one that was refused was superseded in the second round.
     ended = {key[2]: number for key, number in seen[-1].items() if key[0] == "outbox_deliveries_total"}
     assert ended["applied"] + ended["superseded"] == 90
-    assert (ended["retried"], ended["rejected"]) == (1, 1)
+    assert (ended["retried"], ended["rejected"], ended["discarded"]) == (1, 2, 1)
 
 
 def assert_not_less(before: Series, after: Series) -> None:

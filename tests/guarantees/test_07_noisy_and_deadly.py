@@ -139,7 +139,7 @@ async def test_a_quiet_tenant_is_served_in_one_of_the_next_claims(primary: Async
 
 
 async def test_at_a_hundred_times_the_load_a_quiet_tenant_waits_for_a_few_batches(primary: AsyncEngine) -> None:
-    """F9: counted in batches that began between the quiet event's commit and its own, while the noisy one never ends."""
+    """F9: counted in batches that began between the quiet commit and its own batch, while the noisy one never ends."""
     slots = 4
     secondary = ScriptedSecondary("search", pace=lambda: 0.002)
     manager = manager_of(primary, secondary, batch_size=20, attempts_in_flight=slots)

@@ -32,6 +32,9 @@ from outbox import (
 from outbox.migrate import migrate
 from outbox.testing.child import ServerMissing
 from outbox.testing.postgres import EmbeddedPostgres
+from tests.relaying import execute, manager_of, running, write
+from tests.scripted import ScriptedSecondary
+from tests.waiting import eventually
 
 CONTENT, IDENTITY, ERROR = "zebra-content-7391", "zebra-id-7391", "zebra-error-7391"
 CANARY = "zebra"
@@ -186,14 +189,56 @@ async def test_keys_that_died_are_counted_in_a_line_that_names_none(
     lines = [each for each in caplog.records if "outbox_dead" in fields_of(each)]
     assert sum(each.outbox_dead for each in lines) == len(await manager.failures()) == 3
     async with primary.connect() as connection:
-        dying = text("select attempt_id from outbox_attempt where rejected > 0 or attempt_id > 1 order by attempt_id")
-        attempts = (await connection.execute(dying)).scalars().all()
+        failed = text("select attempt_id from outbox_attempt where retried + rejected > 0")
+        attempts = (await connection.execute(failed)).scalars().all()
     for each in lines:
         assert each.levelno == logging.WARNING
         assert fields_of(each).keys() == FIELDS
         assert (each.outbox_backend_id, each.outbox_error_code) == ("memory", code)
         assert each.outbox_attempt_id in attempts
     assert len({each.outbox_attempt_id for each in lines}) == len(lines), "more than a line for an attempt"
+    assert_silent(caplog)
+
+
+async def test_every_warning_about_a_secondary_has_its_fields(
+    primary: AsyncEngine, caplog: pytest.LogCaptureFixture
+) -> None:
+    """D69: an attempt taken over, its late end, and a claim and a settle that failed."""
+    slow, other = ScriptedSecondary("search"), ScriptedSecondary("search")
+    settings: dict[str, Any] = {"lease": 30, "attempts_in_flight": 1, "poll_interval": 0.05}
+    late, early = (manager_of(primary, each, **settings) for each in (slow, other))
+    await late.register()
+    first, second = (SyncEvent.create("Note", f"{IDENTITY}-{number}", {"name": CONTENT}) for number in range(2))
+    for each in (slow, other):
+        each.always(first.resource_id, Rejected("malformed", ERROR))
+        each.always(second.resource_id, Rejected("malformed", ERROR))
+    slow.hang()
+    await write(late, first)
+    async with running(late.relay()):
+        await eventually(lambda: slow.running)
+        await execute(primary, "update outbox_attempt set lease_until = now() - interval '1 second'")
+        async with running(early.relay()):
+            await eventually(lambda: "taking over" in caplog.text and other.calls)
+            slow.release()
+            await eventually(lambda: "no longer ours" in caplog.text)
+            slow.hang()
+            other.hang()
+            await write(late, second)
+            await eventually(lambda: slow.running or other.running)
+            await execute(primary, "alter table outbox_hold rename to elsewhere")
+            slow.release()
+            other.release()
+            await eventually(lambda: "settle failed" in caplog.text and "claim failed" in caplog.text)
+            await execute(primary, "alter table elsewhere rename to outbox_hold")
+            await eventually(lambda: caplog.text.count("dead keys") == 2)
+    lines = [(each.getMessage(), fields_of(each)) for each in caplog.records]
+    for line, fields in (each for each in lines if each[0].startswith("search: ")):
+        assert fields["outbox_backend_id"] == "search"
+        assert fields.keys() <= FIELDS
+        if "attempt" in line:
+            assert f"attempt {fields['outbox_attempt_id']}" in line
+        if "failed" in line:
+            assert fields["outbox_error_code"] == "42P01"
     assert_silent(caplog)
 
 
@@ -225,7 +270,7 @@ async def test_what_an_adapter_says_is_cleaned_cut_and_stored(
     if answer != "unavailable":
         assert {len(each) for each in errors} == {1_024}
     said = [each.getMessage() for each in caplog.records if each.name == "outbox.relay"]
-    assert len(said) == 0 if answer != "rejected" else said
+    assert bool(said) is (answer != "unavailable"), "keys died, and nobody said so"
     assert all(len(each) < 150 for each in said)
     for each in [*kept, *filter(None, errors), *said]:
         assert not set(each) & set(UNSEEN)
