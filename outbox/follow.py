@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AsyncExitStack
 from datetime import timedelta
 from itertools import chain, islice
@@ -17,7 +17,7 @@ from itertools import chain, islice
 import msgspec
 
 from outbox.answer import SyncState, SyncStatus
-from outbox.errors import Unavailable, UnknownSecondary
+from outbox.errors import SettingsError, Unavailable, UnknownSecondary
 from outbox.primary import PRIMARY_FAILED, code_of
 from outbox.register import Registration
 from outbox.relay import Relay
@@ -52,15 +52,19 @@ class Follower:
     """Waits for secondaries on behalf of callers, and lends them a hand: the same lease as any relay takes."""
 
     def __init__(
-        self, registrations: Sequence[Registration], config: SyncConfig, relay: Relay, waiters: Waiters
+        self,
+        registrations: Sequence[Registration],
+        config: SyncConfig,
+        relay: Callable[[], Relay],
+        waiters: Waiters,
     ) -> None:
         self._registrations: Mapping[str, Registration] = {each.backend_id: each for each in registrations}
         self._config = config
-        self._relay = relay
+        self._make_relay = relay
+        self._relay: Relay | None = None
         self._waiters = waiters
         self._ready = AsyncExitStack()
         self._opening = asyncio.Lock()
-        self._opened = False
         self._pushing: set[asyncio.Task[None]] = set()
         self._refreshing = {name: _Refreshing() for name in self._registrations}
 
@@ -92,7 +96,7 @@ class Follower:
         """Let what is in hand finish, or hand it back."""
         await self._ready.aclose()
         await asyncio.gather(*self._pushing, return_exceptions=True)
-        self._opened = False
+        self._relay = None
 
     async def _one(self, backend_id: str, token: SyncToken, waited_for: bool, timeout: timedelta) -> SyncStatus:
         owed = token.owed_to(backend_id)
@@ -112,20 +116,23 @@ class Follower:
         until = time.monotonic() + timeout.total_seconds()
         try:
             async with asyncio.timeout(timeout.total_seconds()):
-                await self._open()
+                relay = await self._opened()
             while (seconds := until - time.monotonic()) > 0:
                 if not (page := list(islice(positions, self._config.batch_size))):
                     return
-                await self._relay.seize(backend_id, page, timedelta(seconds=seconds))
+                await relay.seize(backend_id, page, timedelta(seconds=seconds))
                 self._waiters.look_now(backend_id)
-        except PRIMARY_FAILED as error:
+        except (*PRIMARY_FAILED, SettingsError) as error:
+            # Out of reach, or behind a driver that no relay speaks.
             _log.warning("%s: could not lend a hand (%s); a relay will carry it", backend_id, code_of(error))
 
-    async def _open(self) -> None:
+    async def _opened(self) -> Relay:
         async with self._opening:
-            if not self._opened:
-                await self._ready.enter_async_context(self._relay.lending_hands())
-                self._opened = True
+            if self._relay is None:
+                relay = self._make_relay()
+                await self._ready.enter_async_context(relay.lending_hands())
+                self._relay = relay
+            return self._relay
 
     def _waits(self, mode: SyncMode | None, registration: Registration) -> bool:
         mode = mode or self._config.mode

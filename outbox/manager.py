@@ -66,7 +66,7 @@ class SyncManager(Operator):
         names = [each.backend_id for each in self.registrations]
         _refuse_repeated(names)
         self._waiters = Waiters(engine, self.config.database_schema)
-        self._follower = Follower(self.registrations, self.config, self._own_relay(), self._waiters)
+        self._follower = Follower(self.registrations, self.config, self._own_relay, self._waiters)
         self._roll = Roll()
         self._checkup = Checkup(engine, self.config, names, self._roll)
 

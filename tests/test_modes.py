@@ -226,6 +226,22 @@ async def no_longer_owed(engine: AsyncEngine) -> bool:
     return await pending(engine, "search") == 0
 
 
+async def test_an_application_on_another_driver_writes_and_waits_too(primary: AsyncEngine) -> None:
+    """Relays speak asyncpg; whoever writes on psycopg cannot carry his own events, and waits for them."""
+    engine = create_async_engine(dsn_of(primary).replace("+asyncpg", "+psycopg"))
+    secondary = ScriptedSecondary("search")
+    carrying = manager_of(primary, secondary)
+    async with managing(engine, secondary) as manager:
+        (status,) = await manager.sync(change("1"), mode=SyncMode.SYNCHRONOUS, timeout=0.2)
+        assert status.state is SyncState.TIMED_OUT
+        async with running(carrying.relay()):
+            assert (await manager.sync(change("2"), mode=SyncMode.SYNCHRONOUS, timeout=10))[0].synced
+            bulk_id, token = await manager.sync_bulk([])
+            assert (token.positions, await manager.bulk_status(bulk_id)) == ([], [])
+            assert await manager.may_read("search")
+    await engine.dispose()
+
+
 async def test_closing_hands_back_what_a_caller_had_in_hand(primary: AsyncEngine) -> None:
     """L6, D3: the manager is closed while a secondary hangs under a caller's write: nothing spent, nothing lost."""
     secondary = ScriptedSecondary("search")
