@@ -30,6 +30,8 @@ __all__ = ["Follower"]
 
 _log = logging.getLogger("outbox.follow")
 
+_CARRYING = timedelta(milliseconds=8)
+
 
 class _Refreshing:
     """One refresh for all who asked before it began."""
@@ -109,6 +111,8 @@ class Follower:
             pushing = asyncio.create_task(self._push(backend_id, positions, timeout))
             self._pushing.add(pushing)
             pushing.add_done_callback(self._pushing.discard)
+            # Nothing can be there before that: who carries it says when to look.
+            return await self._waiters.wait(backend_id, token, timeout, first_look=_CARRYING)
         return await self._waiters.wait(backend_id, token, timeout)
 
     async def _push(self, backend_id: str, positions: Iterator[int], timeout: timedelta) -> None:

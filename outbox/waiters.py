@@ -48,9 +48,10 @@ _WORST_FIRST = (
 class _Waiter:
     """One caller and one secondary."""
 
-    def __init__(self, backend_id: str, token: SyncToken) -> None:
+    def __init__(self, backend_id: str, token: SyncToken, first_look: timedelta) -> None:
         self.backend_id = backend_id
-        self.since = self.next_look = time.monotonic()
+        self.since = time.monotonic()
+        self.next_look = self.since + first_look.total_seconds()
         owed = token.owed_to(backend_id)
         self.events = sum(each.count for each in owed)
         self.done = self._seen = 0
@@ -134,12 +135,15 @@ class Waiters:
         self._looking: asyncio.Task[None] | None = None
         self._bell = asyncio.Event()
 
-    async def wait(self, backend_id: str, token: SyncToken, timeout: timedelta) -> SyncStatus:
+    async def wait(
+        self, backend_id: str, token: SyncToken, timeout: timedelta, *, first_look: timedelta = timedelta(0)
+    ) -> SyncStatus:
         """Return once the secondary has all that is owed to it, or never will by itself, or at the deadline.
 
-        Looks once however short the time is. Never raises for a primary that does not answer: then nothing is known.
+        Looks once however short the time is, and first after `first_look` or when told to look now. Never raises for a
+        primary that does not answer: then nothing is known.
         """
-        waiter = _Waiter(backend_id, token)
+        waiter = _Waiter(backend_id, token, min(first_look, timeout))
         if not waiter.events:
             return SyncStatus(backend_id, SyncState.NOT_OWED, events=0)
         self._waiting.add(waiter)

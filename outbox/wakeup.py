@@ -24,12 +24,12 @@ __all__ = ["Doorbell"]
 
 _log = logging.getLogger("outbox.wakeup")
 
-_QUIET = 0.01
+_QUIET = 0.005
 _NOTIFY = text("select pg_notify(:channel, :schema)")
 
 
 class Doorbell:
-    """Rings the relays of this process at once, and those of other processes at most every 10 ms."""
+    """Rings the relays of this process at once, and those of other processes at most every 5 ms."""
 
     def __init__(self, schema: str, *, across_processes: bool) -> None:
         self._schema = schema
