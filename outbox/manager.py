@@ -62,7 +62,6 @@ class SyncManager(Operator):
         self.tracking = Tracking()
         self._policy = retry or RetryPolicy.from_config(self.config)
         self._doorbell = Doorbell(self.config.database_schema, across_processes=self.config.doorbell)
-        self._registered = False
         names = [each.backend_id for each in self.registrations]
         _refuse_repeated(names)
         self._waiters = Waiters(engine, self.config.database_schema)

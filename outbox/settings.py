@@ -107,7 +107,8 @@ class SyncConfig(BaseModel):
     """Age after which an event that every secondary has may be pruned."""
 
     keep_attempts: _Duration = timedelta(days=7)
-    """Age after which a closed attempt is pruned; its counts live on in the registry."""
+    """Age after which a closed attempt is pruned, and a note of what was discarded once its event is gone; the counts
+    live on in the registry."""
 
     prune_interval: _Duration = timedelta(seconds=5)
     """How often a relay folds finished attempts into the totals and prunes."""

@@ -60,7 +60,9 @@ class _Waiter:
         self._undone: dict[int, int] = {}
         self._page: dict[int, int] = {}
         self._turn_page()
+        # Transactions to ask about before the next look, and what was said of those asked about before.
         self.doubtful: set[int] = set()
+        self._fates: dict[int, SyncState] = {}
         self.worst = Found(SyncState.ACCEPTED)
         self.looked = asyncio.Event()
         self.ended: asyncio.Future[None] = asyncio.get_running_loop().create_future()
@@ -84,7 +86,9 @@ class _Waiter:
 
     def learn(self, found: dict[Asked, Found], fates: dict[int, SyncState]) -> None:
         """Take in a look at `page`; `fates` are those of transactions that were asked about before it."""
-        told = {position: self._told(position, found, fates) for position in self._page}
+        self._fates |= {each: fates[each] for each in self.doubtful & fates.keys()}
+        self.doubtful.clear()
+        told = {position: self._told(position, found) for position in self._page}
         undone = {position: self._page[position] for position, each in told.items() if not each.state.done}
         self.done += len(told) - len(undone)
         self._seen += len(told)
@@ -96,19 +100,19 @@ class _Waiter:
         now = time.monotonic()
         pause = 0.0 if self.doubtful or not undone else _PATIENCE * (now - self.since)
         self.next_look = now + min(max(pause, _SHORTEST_SLEEP), _LONGEST_SLEEP)
-        if self._seen >= self.events and not self.doubtful - fates.keys():
+        if self._seen >= self.events and not self.doubtful:
             self.looked.set()
         if not self.worst.state.waits and not self.ended.done():
             self.ended.set_result(None)
 
-    def _told(self, position: int, found: dict[Asked, Found], fates: dict[int, SyncState]) -> Found:
+    def _told(self, position: int, found: dict[Asked, Found]) -> Found:
         told = found[self.backend_id, position]
         if told.state is not SyncState.UNKNOWN:
             return told
         # Not there. A transaction that had ended before we looked says why; one that might have ended meanwhile not.
         transaction_id = self._page[position]
-        if transaction_id in fates:
-            return Found(fates[transaction_id])
+        if transaction_id in self._fates:
+            return Found(self._fates[transaction_id])
         self.doubtful.add(transaction_id)
         return Found(SyncState.ACCEPTED)
 

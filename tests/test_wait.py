@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import time
+from datetime import timedelta
 
 from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
 from sqlalchemy.pool import NullPool
 
-from outbox import SyncState, record
+from outbox import SyncState, SyncToken, record
 from outbox.migrate import migrate
+from outbox.wait import Found
+from outbox.waiters import _Waiter
 from tests.relaying import change, execute, manager_of, own_server, running
 from tests.scripted import ScriptedSecondary
 
@@ -58,3 +62,27 @@ async def test_waiting_survives_a_crash_of_the_server() -> None:
         assert secondary.sent == list(token.positions)
         await manager.aclose()
         await engine.dispose()
+
+
+async def test_a_look_that_came_too_early_leaves_no_doubt_behind() -> None:
+    """W12: an event that a look missed and the next one found is asked about ever more rarely, as any other is."""
+    waiter = _Waiter("search", SyncToken.of(7, [(1, ["search"])]), timedelta(0))
+    asked = waiter.page[0]
+    waiter.learn({asked: Found(SyncState.UNKNOWN)}, {})
+    assert waiter.doubtful == {7}
+    waiter.learn({asked: Found(SyncState.ACCEPTED)}, {7: SyncState.PRUNED})
+    assert not waiter.doubtful
+    waiter.since -= 100
+    waiter.learn({asked: Found(SyncState.ACCEPTED)}, {})
+    assert waiter.next_look - time.monotonic() > 0.1
+    assert not waiter.ended.done()
+
+
+async def test_what_is_gone_is_told_however_many_pages_and_transactions_there_are() -> None:
+    """W3: the answer about a transaction is kept until its page is looked at again."""
+    owed = [SyncToken.of(transaction, [(transaction, ["search"])]) for transaction in range(1, 1_001)]
+    waiter = _Waiter("search", SyncToken.merged(owed), timedelta(0))
+    for _ in range(4):
+        fates = dict.fromkeys(waiter.doubtful, SyncState.PRUNED)
+        waiter.learn({each: Found(SyncState.UNKNOWN) for each in waiter.page}, fates)
+    assert waiter.status().state is SyncState.PRUNED
