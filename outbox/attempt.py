@@ -12,7 +12,24 @@ import msgspec
 from outbox.event import Operation, SyncEvent
 from outbox.secondaries.base import Applied, Rejected, Retry, Stale
 
-__all__ = ["Attempt", "Held", "Lost", "Released", "Result", "Superseded"]
+__all__ = ["OWED", "Attempt", "Held", "Lost", "Released", "Result", "Superseded"]
+
+# The events of attempts, each with what its hold remembers of its key; an event that is gone still has a row.
+OWED = """from {schema}.outbox_attempt as attempt
+cross join unnest(attempt.event_ids) as owed (event_id)
+left join lateral (
+    select * from {schema}.outbox as event where event.event_id = owed.event_id offset 0
+) as event on true
+left join lateral (
+    select hold.attempts, hold.lost, hold.first_failed_at, hold.oldest_id
+    from {schema}.outbox_hold as hold
+    where hold.backend_id = :backend_id
+      and hold.key_hash = hashtextextended(event.tenant_id || '/' || event.resource_type || '/' || event.resource_id, 0)
+      and hold.tenant_id = event.tenant_id
+      and hold.resource_type = event.resource_type and hold.resource_id = event.resource_id
+    offset 0
+) as hold on true
+"""
 
 _POSITION = -2
 _REMEMBERED = 4

@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 from uuid import UUID
 
-from outbox.attempt import Attempt
+from outbox.attempt import OWED, Attempt
 from outbox.schema import Statement
 
 if TYPE_CHECKING:
@@ -32,29 +32,17 @@ where event.event_id = any (cast((
 
 # What holds remember of their keys too: until the attempt is settled, only they know that a key was held. An attempt
 # that is ours has a row here even when somebody deleted its events.
-LOAD_HELD = Statement("""
+LOAD_HELD = Statement(
+    """
 select hold.attempts, hold.lost, statement_timestamp() - hold.first_failed_at as failing_for, hold.oldest_id,
        event.tenant_id, event.resource_type, event.resource_id, event.operation,
        cast(event.content as text) as content, event.version,
        event.fhir_version, event.bulk_id, cast(event.headers as text) as headers, event.event_id,
        greatest(least(event.created_at, timestamptz '9999-01-01'), timestamptz '0001-01-02') as created_at
-from {schema}.outbox_attempt as attempt
-cross join unnest(attempt.event_ids) as owed (event_id)
-left join lateral (
-    select * from {schema}.outbox as event where event.event_id = owed.event_id offset 0
-) as event on true
-left join lateral (
-    select hold.attempts, hold.lost, hold.first_failed_at, hold.oldest_id
-    from {schema}.outbox_hold as hold
-    where hold.backend_id = :backend_id
-      and hold.key_hash = hashtextextended(event.tenant_id || '/' || event.resource_type || '/' || event.resource_id, 0)
-      and hold.tenant_id = event.tenant_id
-      and hold.resource_type = event.resource_type and hold.resource_id = event.resource_id
-    offset 0
-) as hold on true
-where attempt.backend_id = :backend_id and attempt.attempt_id = :attempt_id
+[owed]where attempt.backend_id = :backend_id and attempt.attempt_id = :attempt_id
   and attempt.relay_id = cast(:relay_id as uuid) and attempt.finished_at is null
-""")
+""".replace("[owed]", OWED)
+)
 
 
 async def load(
