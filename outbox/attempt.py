@@ -28,8 +28,7 @@ left join lateral (
       and hold.tenant_id = event.tenant_id
       and hold.resource_type = event.resource_type and hold.resource_id = event.resource_id
     offset 0
-) as hold on true
-"""
+) as hold on true"""
 
 _POSITION = -2
 _REMEMBERED = 4

@@ -39,7 +39,8 @@ select hold.attempts, hold.lost, statement_timestamp() - hold.first_failed_at as
        cast(event.content as text) as content, event.version,
        event.fhir_version, event.bulk_id, cast(event.headers as text) as headers, event.event_id,
        greatest(least(event.created_at, timestamptz '9999-01-01'), timestamptz '0001-01-02') as created_at
-[owed]where attempt.backend_id = :backend_id and attempt.attempt_id = :attempt_id
+[owed]
+where attempt.backend_id = :backend_id and attempt.attempt_id = :attempt_id
   and attempt.relay_id = cast(:relay_id as uuid) and attempt.finished_at is null
 """.replace("[owed]", OWED)
 )
