@@ -8,8 +8,8 @@ from __future__ import annotations
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
-from outbox.schema import Statement
 from outbox.settings import SyncConfig
+from outbox.statement import Statement
 from outbox.turn import Turn
 
 if TYPE_CHECKING:

@@ -12,7 +12,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
 from outbox.event import StoredResource, SyncEvent
 from outbox.record import record
-from outbox.schema import Statement
+from outbox.statement import Statement
 from outbox.token import SyncToken
 
 __all__ = ["BULK", "BULK_FAILED", "BulkStatus", "FailedResource", "bulk_statuses", "record_bulk"]

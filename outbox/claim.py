@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from uuid import UUID
 
 from outbox.lanes import Lanes
-from outbox.schema import Statement
+from outbox.statement import Statement
 from outbox.turn import Turn
 
 if TYPE_CHECKING:

@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from outbox.schema import LANES, Statement
+from outbox.schema import LANES
+from outbox.statement import Statement
 
 if TYPE_CHECKING:
     import asyncpg

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from uuid import UUID
 
 from outbox.attempt import OWED, Attempt
-from outbox.schema import Statement
+from outbox.statement import Statement
 
 if TYPE_CHECKING:
     import asyncpg

@@ -21,7 +21,7 @@ from outbox.follow import Follower
 from outbox.health import Checkup, Health, Roll
 from outbox.metrics import exposition
 from outbox.operate import Operator
-from outbox.reconcile import ReconciliationResult, SyncReconciler
+from outbox.prover import Prover
 from outbox.record import record
 from outbox.register import Registration, register
 from outbox.relay import Relay
@@ -29,7 +29,6 @@ from outbox.retry import RetryPolicy
 from outbox.secondaries.base import Closeable, Secondary
 from outbox.session import OutboxSession, SyncOutboxSession
 from outbox.settings import SyncConfig, SyncMode
-from outbox.source import Source
 from outbox.status import BackendSyncStatus, Failure, failures, statuses
 from outbox.token import SyncToken
 from outbox.waiters import Waiters
@@ -41,7 +40,7 @@ _BETWEEN_LOOKS = 0.02
 _LONGEST_WAIT = 86_400
 
 
-class SyncManager(Operator):
+class SyncManager(Operator, Prover):
     """Keeps secondaries equal to the primary behind `engine`.
 
     `secondaries` are adapters, or `Registration`s where the terms differ from the defaults. `retry` replaces the policy
@@ -221,27 +220,6 @@ class SyncManager(Operator):
         """Return up to `most` failing and dead keys with their errors, dead ones first."""
         return await failures(self.engine, self.config.database_schema, backend_id, most)
 
-    async def reconcile(
-        self,
-        backend_id: str,
-        *,
-        tenant_id: str | None = None,
-        resource_type: str | None = None,
-        repair: bool = False,
-        patience: timedelta = timedelta(seconds=30),
-    ) -> ReconciliationResult:
-        """Compare a secondary with the tracked classes; with `repair`, record events that restore it.
-
-        `patience` is how long deliveries under way are waited for before what they carry is left out as in flight.
-        """
-        source = Source(self.engine, self.tracking)
-        schema, secondary = self.config.database_schema, self._secondary(backend_id)
-        reconciler = SyncReconciler(self.engine, source, secondary, schema, patience=patience)
-        result = await reconciler.reconcile(tenant_id, resource_type, repair=repair)
-        if result.repaired:
-            self.ring()
-        return result
-
     def ring(self) -> None:
         """Tell the relays that events were committed; only needed after `record` on a raw connection."""
         self._doorbell.ring(self.engine)
@@ -267,12 +245,6 @@ class SyncManager(Operator):
     def _own_relay(self) -> Relay:
         """The one whose hands callers use: it claims nothing but what they wait for."""
         return Relay(self.engine, self.registrations, self.config, self._policy, self._doorbell)
-
-    def _secondary(self, backend_id: str) -> Secondary:
-        for each in self.registrations:
-            if each.backend_id == backend_id:
-                return each.secondary
-        raise UnknownSecondary(backend_id, "this manager does not have it")
 
     def _session_options(self, engine: AsyncEngine | Engine) -> dict[str, Any]:
         ring: Callable[[], None] = lambda: self._doorbell.ring(engine)  # noqa: E731 - a closure over one engine

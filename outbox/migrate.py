@@ -16,7 +16,8 @@ from sqlalchemy import Connection, inspect
 from sqlalchemy.ext.asyncio import AsyncEngine
 
 from outbox.errors import SchemaMissing
-from outbox.schema import check_identifier, metadata
+from outbox.schema import metadata
+from outbox.statement import check_identifier
 
 __all__ = ["check_schema", "migrate", "migration_sql", "migrations_directory"]
 

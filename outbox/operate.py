@@ -7,8 +7,8 @@ from sqlalchemy import text
 from sqlalchemy.ext.asyncio import AsyncEngine
 
 from outbox.errors import SettingsError, UnknownSecondary
-from outbox.schema import Statement
 from outbox.settings import SyncConfig
+from outbox.statement import Statement
 
 __all__ = ["COUNT", "DISCARD", "GO_ON", "PAUSE", "REDRIVE", "Operator", "Which"]
 

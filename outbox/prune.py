@@ -5,7 +5,7 @@ from __future__ import annotations
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
-from outbox.schema import Statement
+from outbox.statement import Statement
 from outbox.turn import take_turn
 
 if TYPE_CHECKING:

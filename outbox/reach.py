@@ -17,8 +17,8 @@ from outbox.config import engine_on, manager_from_config
 from outbox.errors import OutboxError
 from outbox.manager import SyncManager
 from outbox.primary import PRIMARY_FAILED
-from outbox.schema import check_identifier
 from outbox.settings import SyncConfig
+from outbox.statement import check_identifier
 
 __all__ = ["Tables", "Unreached", "manager_of", "place_of", "reached", "tables_of"]
 

@@ -19,9 +19,9 @@ from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, AsyncSession
 
 from outbox.event import SyncEvent
 from outbox.record import record
-from outbox.schema import Statement
 from outbox.secondaries.base import Refreshable, ResourceDigest, Secondary
 from outbox.source import PrimaryDigest, Source
+from outbox.statement import Statement
 
 __all__ = ["BARRIER", "OWED", "RUNNING", "Drift", "ReconciliationResult", "SyncReconciler"]
 

@@ -13,7 +13,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 from outbox.errors import NoSecondary, NotInTransaction
 from outbox.event import SyncEvent
 from outbox.headers import carrying
-from outbox.schema import Statement, dialect_of
+from outbox.statement import Statement, dialect_of
 from outbox.token import SyncToken
 
 if TYPE_CHECKING:

@@ -10,9 +10,9 @@ from typing import Any, Literal
 from sqlalchemy import Connection, text
 
 from outbox.errors import SettingsError
-from outbox.schema import Statement
 from outbox.secondaries.base import Secondary
 from outbox.settings import SyncMode
+from outbox.statement import Statement
 
 __all__ = ["REGISTER", "Registration", "register"]
 

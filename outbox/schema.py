@@ -1,16 +1,7 @@
-"""The six tables, and how a statement finds them.
-
-Statements are SQL text with named parameters (`:backend_id`) and tables qualified by `{schema}`; they are rendered once
-for each schema and driver. The schema's name is the only thing ever put into a statement, it must match
-`[a-z_][a-z0-9_]*` and is quoted. States stand as literals: a state in a parameter hides the partial indexes from a
-generic plan.
-"""
+"""The tables, as SQLAlchemy knows them."""
 
 from __future__ import annotations
 
-import re
-from dataclasses import dataclass
-from functools import cache
 from typing import Any
 
 from sqlalchemy import (
@@ -33,18 +24,11 @@ from sqlalchemy import (
     func,
     text,
 )
-from sqlalchemy.engine import Dialect
-from sqlalchemy.engine.url import URL
-from sqlalchemy.sql.compiler import SQLCompiler
 
-from outbox.errors import SettingsError
-
-__all__ = ["LANES", "LISTEN_CHANNEL", "Statement", "check_identifier", "dialect_of", "metadata"]
+__all__ = ["LANES", "LISTEN_CHANNEL", "metadata"]
 
 LANES = 64
 LISTEN_CHANNEL = "outbox"
-
-_IDENTIFIER = re.compile("[a-z_][a-z0-9_]{0,62}")
 
 _KEY_TEXT = Text(collation="C")
 _INSTANT = DateTime(timezone=True)
@@ -64,6 +48,8 @@ def metadata(schema: str = "public") -> MetaData:
     _hold(tables)
     _discarded(tables)
     _secondary(tables)
+    _backfill(tables)
+    _reconciliation(tables)
     return tables
 
 
@@ -242,45 +228,55 @@ def _secondary(tables: MetaData) -> Table:
     )
 
 
-@dataclass(frozen=True, slots=True)
-class Statement:
-    """One SQL statement, as it is read; its drivers' forms are derived."""
-
-    sql: str
-
-    def on(self, schema: str) -> str:
-        """Return the statement for one schema, still with named parameters."""
-        return _qualified(self.sql, schema)
-
-    def asyncpg(self, schema: str) -> tuple[str, tuple[str, ...]]:
-        """Return the statement with `$n` parameters, and the parameters' names in that order."""
-        return _positional(self.sql, schema)
-
-    def arguments(self, schema: str, parameters: dict[str, Any]) -> tuple[Any, ...]:
-        """Return the statement and its arguments as asyncpg's methods take them."""
-        rendered, names = self.asyncpg(schema)
-        return (rendered, *(parameters[name] for name in names))
-
-
-@cache
-def _qualified(sql: str, schema: str) -> str:
-    check_identifier(schema)
-    return sql.replace("{schema}", f'"{schema}"')
+def _backfill(tables: MetaData) -> Table:
+    """How far a backfill is: one row per secondary, tenant and type."""
+    return Table(
+        "outbox_backfill",
+        tables,
+        Column("backend_id", _KEY_TEXT, primary_key=True),
+        Column("tenant_id", _KEY_TEXT, primary_key=True),
+        Column("resource_type", _KEY_TEXT, primary_key=True),
+        # Everything up to this id has its event; null before the first page.
+        Column("after", _KEY_TEXT),
+        Column("recorded", BigInteger, nullable=False, server_default="0"),
+        # How many there were when it began, for who wants to know how long it takes.
+        Column("total", BigInteger),
+        Column("started_at", _INSTANT, nullable=False, server_default=_now()),
+        Column("advanced_at", _INSTANT, nullable=False, server_default=_now()),
+        Column("finished_at", _INSTANT),
+    )
 
 
-@cache
-def _positional(sql: str, schema: str) -> tuple[str, tuple[str, ...]]:
-    compiled = text(_qualified(sql, schema)).compile(dialect=dialect_of("asyncpg"))
-    assert isinstance(compiled, SQLCompiler)
-    return str(compiled), tuple(compiled.positiontup or ())
-
-
-def check_identifier(schema: str) -> None:
-    """Raise `SettingsError` unless a schema's name needs no quoting: it is the only name ever put into a statement."""
-    if not _IDENTIFIER.fullmatch(schema):
-        raise SettingsError("database_schema", "must match [a-z_][a-z0-9_]{0,62}")
-
-
-def dialect_of(driver: str) -> Dialect:
-    """Return SQLAlchemy's PostgreSQL dialect for a driver, which knows its way of naming parameters."""
-    return URL.create(f"postgresql+{driver}").get_dialect()()
+def _reconciliation(tables: MetaData) -> Table:
+    """What each comparison found and repaired, who asked for it and why."""
+    counts = (
+        "primary_count",
+        "secondary_count",
+        "missing",
+        "extra",
+        "stale",
+        "altered",
+        "in_flight",
+        "repaired",
+        "refused",
+    )
+    reconciliation = Table(
+        "outbox_reconciliation",
+        tables,
+        Column("run_id", BigInteger, Identity(always=True), primary_key=True),
+        Column("backend_id", _KEY_TEXT, nullable=False),
+        # Null: all of them.
+        Column("tenant_id", _KEY_TEXT),
+        Column("resource_type", _KEY_TEXT),
+        Column("repair", Boolean, nullable=False),
+        Column("actor", Text, nullable=False),
+        Column("reason", Text, nullable=False),
+        # Whatever was recorded up to this position was taken into account.
+        Column("high_water", BigInteger, nullable=False),
+        *(Column(name, BigInteger, nullable=False) for name in counts),
+        Column("started_at", _INSTANT, nullable=False),
+        Column("finished_at", _INSTANT, nullable=False, server_default=_now()),
+        CheckConstraint("length(reason) <= 1024 and length(actor) <= 256", name="outbox_reconciliation_words_short"),
+    )
+    Index("outbox_reconciliation_latest", reconciliation.c.backend_id, reconciliation.c.finished_at)
+    return reconciliation

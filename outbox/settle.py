@@ -14,8 +14,8 @@ import msgspec
 from outbox.attempt import Attempt, Held, Lost, Released, Result, Superseded
 from outbox.event import SyncEvent
 from outbox.retry import RetryPolicy
-from outbox.schema import Statement
 from outbox.secondaries.base import Applied, Rejected, Retry, Stale
+from outbox.statement import Statement
 
 if TYPE_CHECKING:
     import asyncpg

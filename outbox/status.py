@@ -11,8 +11,8 @@ import msgspec
 from sqlalchemy import text
 from sqlalchemy.ext.asyncio import AsyncEngine
 
-from outbox.schema import Statement
 from outbox.settings import SyncConfig
+from outbox.statement import Statement
 
 __all__ = ["FAILURES", "LAG", "BackendSyncStatus", "Failure", "failures", "lag_text", "reasons_of", "statuses"]
 

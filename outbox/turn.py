@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from outbox.schema import Statement
+from outbox.statement import Statement
 
 if TYPE_CHECKING:
     import asyncpg

@@ -12,7 +12,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 
 from outbox.answer import SyncState
 from outbox.primary import code_of
-from outbox.schema import Statement
+from outbox.statement import Statement
 
 __all__ = ["FATE", "HISTORY", "STATE", "Asked", "Found", "fate", "history", "look"]
 

@@ -15,8 +15,8 @@ import pytest
 import outbox
 from outbox.errors import SettingsError
 from outbox.migrate import migration_sql
-from outbox.schema import Statement
 from outbox.settings import SyncConfig
+from outbox.statement import Statement
 
 GOLDEN = Path(__file__).parent / "sql"
 ANY = Statement("select from {schema}.outbox")

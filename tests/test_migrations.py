@@ -23,7 +23,16 @@ from outbox.migrate import check_schema, migrate, migration_sql, migrations_dire
 from outbox.schema import metadata
 
 ROOT = Path(__file__).parent.parent
-TABLES = {"outbox", "outbox_delivery", "outbox_attempt", "outbox_hold", "outbox_discarded", "outbox_secondary"}
+TABLES = {
+    "outbox",
+    "outbox_attempt",
+    "outbox_backfill",
+    "outbox_delivery",
+    "outbox_discarded",
+    "outbox_hold",
+    "outbox_reconciliation",
+    "outbox_secondary",
+}
 
 # Everything a migration can get wrong, as PostgreSQL itself would write it.
 CATALOG = {

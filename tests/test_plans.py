@@ -27,8 +27,8 @@ from outbox.claim import CLAIM, claim
 from outbox.lanes import Lanes, advance_floors
 from outbox.primary import Primary
 from outbox.resume import RESUME, resume
-from outbox.schema import Statement
 from outbox.settle import settle
+from outbox.statement import Statement
 from outbox.testing.postgres import PostgresServer
 from outbox.turn import TURN, take_turn
 

@@ -110,13 +110,24 @@ def upgrade() -> None:
     _create_hold(schema)
     _create_discarded(schema)
     _create_secondary(schema)
+    _create_backfill(schema)
+    _create_reconciliation(schema)
     op.execute(LAG_VIEW.format(schema=f'"{schema}"'))
 
 
 def downgrade() -> None:
     schema = _schema()
     op.execute(f'drop view "{schema}".outbox_lag')
-    for table in ("outbox_secondary", "outbox_discarded", "outbox_hold", "outbox_attempt", "outbox_delivery", "outbox"):
+    for table in (
+        "outbox_reconciliation",
+        "outbox_backfill",
+        "outbox_secondary",
+        "outbox_discarded",
+        "outbox_hold",
+        "outbox_attempt",
+        "outbox_delivery",
+        "outbox",
+    ):
         op.drop_table(table, schema=schema)
 
 
@@ -288,4 +299,53 @@ def _create_secondary(schema: str) -> None:
         sa.CheckConstraint("breaker in ('closed', 'open', 'half_open')", name="outbox_secondary_breaker_known"),
         schema=schema,
         postgresql_with={"fillfactor": "50"},
+    )
+
+
+def _create_backfill(schema: str) -> None:
+    op.create_table(
+        "outbox_backfill",
+        sa.Column("backend_id", KEY, primary_key=True),
+        sa.Column("tenant_id", KEY, primary_key=True),
+        sa.Column("resource_type", KEY, primary_key=True),
+        sa.Column("after", KEY),
+        sa.Column("recorded", sa.BigInteger, nullable=False, server_default="0"),
+        sa.Column("total", sa.BigInteger),
+        sa.Column("started_at", INSTANT, nullable=False, server_default=NOW),
+        sa.Column("advanced_at", INSTANT, nullable=False, server_default=NOW),
+        sa.Column("finished_at", INSTANT),
+        schema=schema,
+    )
+
+
+def _create_reconciliation(schema: str) -> None:
+    counts = (
+        "primary_count",
+        "secondary_count",
+        "missing",
+        "extra",
+        "stale",
+        "altered",
+        "in_flight",
+        "repaired",
+        "refused",
+    )
+    op.create_table(
+        "outbox_reconciliation",
+        sa.Column("run_id", sa.BigInteger, sa.Identity(always=True), primary_key=True),
+        sa.Column("backend_id", KEY, nullable=False),
+        sa.Column("tenant_id", KEY),
+        sa.Column("resource_type", KEY),
+        sa.Column("repair", sa.Boolean, nullable=False),
+        sa.Column("actor", sa.Text, nullable=False),
+        sa.Column("reason", sa.Text, nullable=False),
+        sa.Column("high_water", sa.BigInteger, nullable=False),
+        *(sa.Column(name, sa.BigInteger, nullable=False) for name in counts),
+        sa.Column("started_at", INSTANT, nullable=False),
+        sa.Column("finished_at", INSTANT, nullable=False, server_default=NOW),
+        sa.CheckConstraint("length(reason) <= 1024 and length(actor) <= 256", name="outbox_reconciliation_words_short"),
+        schema=schema,
+    )
+    op.create_index(
+        "outbox_reconciliation_latest", "outbox_reconciliation", ["backend_id", "finished_at"], schema=schema
     )

@@ -14,13 +14,18 @@ __all__ = [
     "Applied",
     "Checkable",
     "Closeable",
+    "Findable",
+    "Listable",
     "Outcome",
+    "Positioned",
     "Refreshable",
     "Rejected",
     "ResourceDigest",
     "Retry",
     "Secondary",
     "Stale",
+    "Summable",
+    "Summary",
 ]
 
 
@@ -108,6 +113,57 @@ class Checkable(Protocol):
 
     async def check(self) -> None:
         """Return when the secondary answers; raise `Unavailable` when it does not."""
+        ...
+
+
+@runtime_checkable
+class Findable(Protocol):
+    """A secondary that can look at single resources without listing all of them."""
+
+    async def find(self, tenant_id: str, resource_type: str, resource_ids: Sequence[str]) -> Sequence[ResourceDigest]:
+        """Return those of the resources that are live here, in any order, as `scan` would show them.
+
+        Sees everything that `apply` has answered for, where `refresh` is not offered; else after a refresh. Takes a
+        thousand ids. Raises `Unavailable` when it cannot answer for all of them.
+        """
+        ...
+
+
+@runtime_checkable
+class Listable(Protocol):
+    """A secondary that can say which tenants and types it holds."""
+
+    async def scopes(self) -> Sequence[tuple[str, str]]:
+        """Return every (tenant_id, resource_type) with a live resource, in any order. Raises `Unavailable`."""
+        ...
+
+
+class Summary(msgspec.Struct, frozen=True):
+    """How many live resources a range holds, and the sum of what `fingerprint` gives for each."""
+
+    count: int
+    total: int
+
+
+@runtime_checkable
+class Summable(Protocol):
+    """A secondary that can sum up a range of resources where they lie, without sending their contents."""
+
+    async def summarise(self, tenant_id: str, resource_type: str, after: str | None, through: str | None) -> Summary:
+        """Return the summary of the live resources with `after` < id <= `through`, by the UTF-8 bytes of the id.
+
+        None leaves an end open. Computed from the contents as they are now, never from what was stored about them:
+        `outbox.content.fingerprint` of the exact text. Raises `Unavailable`.
+        """
+        ...
+
+
+@runtime_checkable
+class Positioned(Protocol):
+    """A secondary that knows how far it has come."""
+
+    async def highest_position(self) -> int:
+        """Return the highest position it holds, deletes included; 0 when it holds nothing. Raises `Unavailable`."""
         ...
 
 

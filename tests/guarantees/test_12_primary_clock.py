@@ -14,8 +14,8 @@ from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
 
 import outbox
 from outbox import record
-from outbox.schema import Statement
 from outbox.secondaries.base import Rejected, Retry
+from outbox.statement import Statement
 from tests.relay_process import RelayProcess, effects_in, told
 from tests.relaying import (
     change,
