@@ -10,7 +10,7 @@ from typing import Any, TypedDict, cast
 from urllib.parse import quote
 from uuid import UUID
 
-from sqlalchemy import Table, event, inspect, select
+from sqlalchemy import String, Table, event, inspect, select
 from sqlalchemy.orm import Mapper, QueryableAttribute, Session, object_session
 
 from outbox.content import DEFAULT_LIMITS, Limits
@@ -38,9 +38,11 @@ class Tracked:
     resource_type: str
     tenant: Callable[[Any], str]
     resource_id: Callable[[Any], str]
-    # Where a mapping is a column (or, for the tenant, one constant), SQL can filter and order by it.
+    # Where a mapping is a column (or, for the tenant, one constant), SQL can filter and order by it, and sum it up if
+    # what it holds is the very text that is sent.
     tenant_column: QueryableAttribute[Any] | str | None
     resource_id_column: QueryableAttribute[Any] | None
+    content_column: QueryableAttribute[Any] | None
     content: Callable[[Any], Any]
     version: Callable[[Any], str | int | None]
     fhir_version: str | None
@@ -88,25 +90,32 @@ class Tracking:
         resource_type: str | None = None,
         tenant: Callable[[Any], str] | QueryableAttribute[Any] | str = "default",
         resource_id: Callable[[Any], str] | QueryableAttribute[Any] | None = None,
-        content: Callable[[Any], Any] | None = None,
+        content: Callable[[Any], Any] | QueryableAttribute[Any] | None = None,
         version: Callable[[Any], str | int | None] | None = None,
         fhir_version: str | None = None,
         limits: Limits = DEFAULT_LIMITS,
     ) -> None:
-        """Keep `entity` and its subclasses in step. Raises `SettingsError` when it is not mapped or tracked already."""
+        """Keep `entity` and its subclasses in step.
+
+        Raises `SettingsError` when it is not mapped, or when it or its resource type is tracked already.
+        """
         mapper = inspect(entity, raiseerr=False)
         if not isinstance(mapper, Mapper):
             raise SettingsError("track", f"{entity!r} is not a mapped class")
         if entity in self._tracked:
             raise SettingsError("track", f"{entity.__name__} is tracked already")
+        kind = resource_type or entity.__name__
+        if kind in (each.resource_type for each in self):
+            raise SettingsError("track", f"{kind} is the resource type of another class")
         self._tracked[entity] = Tracked(
             entity,
-            resource_type or entity.__name__,
+            kind,
             (lambda _: tenant) if isinstance(tenant, str) else _function(tenant),
             identity_of if resource_id is None else _function(resource_id),
             tenant if isinstance(tenant, (str, QueryableAttribute)) else None,
             _only_key(mapper) if resource_id is None else _column(resource_id),
-            content or columns_of,
+            _text_column(content),
+            _content(content),
             version or (lambda _: None),
             fhir_version,
             limits,
@@ -224,6 +233,18 @@ def _function(mapping: Callable[[Any], str] | QueryableAttribute[Any]) -> Callab
 
 def _column(mapping: Callable[[Any], str] | QueryableAttribute[Any]) -> QueryableAttribute[Any] | None:
     return mapping if isinstance(mapping, QueryableAttribute) else None
+
+
+def _content(mapping: Callable[[Any], Any] | QueryableAttribute[Any] | None) -> Callable[[Any], Any]:
+    if isinstance(mapping, QueryableAttribute):
+        name = mapping.key
+        return lambda row: getattr(row, name)
+    return mapping or columns_of
+
+
+def _text_column(mapping: Callable[[Any], Any] | QueryableAttribute[Any] | None) -> QueryableAttribute[Any] | None:
+    # JSON columns are excluded: what is sent is serialised anew from what they hold.
+    return mapping if isinstance(mapping, QueryableAttribute) and isinstance(mapping.type, String) else None
 
 
 def _only_key(mapper: Mapper[Any]) -> QueryableAttribute[Any] | None:

@@ -1,91 +1,79 @@
 """Reconcile: prove that a secondary equals the primary, and restore it through the outbox where it does not.
 
-Both sides are scanned in key order and merged. What differs is only a suspect: its deliveries may be under way, or
-it changed between the two reads. Suspects are left to drain, then both sides are scanned again; what still differs,
-while nothing was owed and nothing was recorded for its key, is drift.
+`compare` names suspects, `judge` tells which of them are drift, `repair` records the events that restore them; this
+holds them together, bounded in memory, and writes down what came of it.
 """
 
 from __future__ import annotations
 
-import asyncio
+import logging
 import time
-from collections.abc import AsyncIterator, Sequence
-from datetime import timedelta
-from typing import Any, Literal
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from datetime import datetime, timedelta
+from typing import Any
 
 import msgspec
 from sqlalchemy import text
-from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, AsyncSession
+from sqlalchemy.exc import DBAPIError
+from sqlalchemy.ext.asyncio import AsyncEngine
 
-from outbox.event import SyncEvent
-from outbox.record import record
-from outbox.secondaries.base import Refreshable, ResourceDigest, Secondary
-from outbox.source import PrimaryDigest, Source
+from outbox.compare import Comparison
+from outbox.errors import UnknownSecondary
+from outbox.judge import Drift, Judge, Patience
+from outbox.primary import code_of
+from outbox.repair import Repairer
+from outbox.secondaries.base import Listable, Secondary
+from outbox.source import Source
 from outbox.statement import Statement
 
-__all__ = ["BARRIER", "OWED", "RUNNING", "Drift", "ReconciliationResult", "SyncReconciler"]
+__all__ = ["NOTE", "TERMS", "ReconciliationResult", "SyncReconciler", "Terms"]
 
-_Kind = Literal["missing", "extra", "stale", "altered"]
+_log = logging.getLogger("outbox.reconcile")
 
-# For each suspect: the newest event recorded for its key, and whether the secondary still owes any.
-OWED = Statement("""
-with suspect as materialized (
-    select suspect.resource_id,
-           hashtextextended(
-               cast(:tenant_id as text) || '/' || cast(:resource_type as text) || '/' || suspect.resource_id, 0
-           ) as key_hash
-    from unnest(cast(:resource_ids as text[])) as suspect (resource_id)
-), owed as materialized (
-    select delivery.key_hash from {schema}.outbox_delivery as delivery
-    where delivery.backend_id = :backend_id and delivery.key_hash in (select key_hash from suspect)
-    union all
-    select unnest(attempt.key_hashes)
-    from {schema}.outbox_secondary as secondary
-    join {schema}.outbox_attempt as attempt
-      on attempt.backend_id = secondary.backend_id and attempt.attempt_id > secondary.folded_through
-    where secondary.backend_id = :backend_id and attempt.finished_at is null
-    union all
-    select hold.key_hash from {schema}.outbox_hold as hold where hold.backend_id = :backend_id
-), newest as materialized (
-    select event.resource_id, max(event.event_id) as position
-    from {schema}.outbox as event
-    where event.tenant_id = :tenant_id and event.resource_type = :resource_type
-      and event.resource_id in (select resource_id from suspect)
-    group by event.resource_id
-)
-select suspect.resource_id, coalesce(newest.position, 0) as position,
-       suspect.key_hash in (select key_hash from owed) as owed
-from suspect left join newest on newest.resource_id = suspect.resource_id
+TERMS = Statement("""
+select tenant_ids, resource_types from {schema}.outbox_secondary where backend_id = :backend_id
 """)
 
-# Taken and ended on a connection beside: from then on a snapshot names everybody below it who still runs.
-BARRIER = Statement("select cast(pg_current_xact_id() as text)")
-
-RUNNING = Statement("""
-select transaction_id
-from (select cast(pg_snapshot_xip(pg_current_snapshot()) as text) as transaction_id) as running
-where cast(transaction_id as bigint) < cast(:barrier as bigint)
+NOTE = Statement("""
+insert into {schema}.outbox_reconciliation
+    (backend_id, tenant_id, resource_type, repair, actor, reason, high_water, primary_count, secondary_count, missing,
+     extra, stale, altered, in_flight, repaired, refused, started_at)
+values
+    (:backend_id, :tenant_id, :resource_type, :repair, :actor, :reason, :high_water, :primary_count, :secondary_count,
+     :missing, :extra, :stale, :altered, :in_flight, :repaired, :refused, :started_at)
 """)
 
-_PAGE = 200
+_KINDS = ("missing", "extra", "stale", "altered")
+_COUNTS = ("primary_count", "secondary_count", *_KINDS, "in_flight", "repaired", "refused")
 _SAMPLES = 10
+_TOGETHER = 500
+# What a role that may only read, or a server that does, answers to the note.
+_MAY_NOT_WRITE = ("42501", "25006")
 
 
-class Drift(msgspec.Struct, frozen=True):
-    """One resource that differs. `position` is what the secondary holds, None where it holds nothing."""
+class Terms(msgspec.Struct, frozen=True):
+    """How a comparison is done, and for whom.
 
-    kind: _Kind
-    tenant_id: str
-    resource_type: str
-    resource_id: str
-    position: int | None
+    `patience`: how long, for each tenant and type, deliveries under way are waited for before what they carry is left
+    out as in flight. `most_deletes`: repair deletes extras only while they are no more than this share of what the
+    secondary holds of a tenant and type (never fewer than ten), and no more than `most_deleted` in all; so that a wrong
+    or empty listing empties nothing. `actor` and `reason` are written down with every repair.
+    """
+
+    patience: timedelta = timedelta(seconds=30)
+    most_deletes: float = 0.05
+    most_deleted: int = 10_000
+    actor: str = ""
+    reason: str = ""
 
 
 class ReconciliationResult(msgspec.Struct):
     """What a comparison found: exact counts, the first ten of each kind as `samples`.
 
-    `in_flight` counts resources that differed only because a delivery was under way or a write came in between.
-    `repaired` counts repair events recorded; `refused` counts extras left alone because too many looked deletable.
+    `in_flight` counts resources that differed only because a delivery was under way or failed, or because a write came
+    in between; `in_flight_why` says which. `repaired` counts repair events recorded; `refused` extras left alone as too
+    many looked deletable. Whatever was recorded up to position `high_water` was taken into account. `listed` is of how
+    many resources the content was read, the others being equal in sum.
     """
 
     backend_id: str
@@ -98,7 +86,11 @@ class ReconciliationResult(msgspec.Struct):
     in_flight: int = 0
     repaired: int = 0
     refused: int = 0
+    listed: int = 0
+    high_water: int = 0
+    started_at: datetime | None = None
     duration: timedelta = timedelta(0)
+    in_flight_why: dict[str, int] = msgspec.field(default_factory=dict)
     samples: list[Drift] = msgspec.field(default_factory=list)
 
     @property
@@ -106,16 +98,34 @@ class ReconciliationResult(msgspec.Struct):
         """Whether nothing is missing, extra, stale or altered."""
         return not (self.missing or self.extra or self.stale or self.altered)
 
+    @property
+    def rate(self) -> float:
+        """Resources of the larger side per second."""
+        return max(self.primary_count, self.secondary_count) / max(self.duration.total_seconds(), 1e-6)
+
     def count(self, drifts: Sequence[Drift]) -> None:
-        """Add what one scope showed."""
+        """Add what some suspects showed."""
         for drift in drifts:
             setattr(self, drift.kind, getattr(self, drift.kind) + 1)
             if sum(sample.kind == drift.kind for sample in self.samples) < _SAMPLES:
                 self.samples.append(drift)
 
+    def set_aside(self, others: dict[str, int]) -> None:
+        """Add suspects that turned out to be none."""
+        for why, number in others.items():
+            self.in_flight += number
+            self.in_flight_why[why] = self.in_flight_why.get(why, 0) + number
+
+
+async def _at_once() -> None:
+    """Pause for nothing."""
+
 
 class SyncReconciler:
-    """Compares one secondary with the primary. It reads the secondary and writes nothing but outbox events."""
+    """Compares one secondary with the primary. It reads both sides and writes outbox events and a note, nothing else.
+
+    `pause` is awaited between pages: whoever wants to be slow sleeps there.
+    """
 
     def __init__(
         self,
@@ -123,170 +133,113 @@ class SyncReconciler:
         source: Source,
         secondary: Secondary,
         schema: str,
-        *,
-        patience: timedelta = timedelta(seconds=30),
-        most_deletes: float = 0.05,
+        terms: Terms | None = None,
+        pause: Callable[[], Awaitable[None]] = _at_once,
     ) -> None:
         self._engine = engine
         self._source = source
         self._secondary = secondary
         self._schema = schema
-        self._patience = patience.total_seconds()
-        self._most_deletes = most_deletes
+        self._terms = terms or Terms()
+        self._pause = pause
 
     async def reconcile(
         self, tenant_id: str | None = None, resource_type: str | None = None, *, repair: bool = False
     ) -> ReconciliationResult:
-        """Compare every scope, or the given ones; with `repair`, record an event for each resource that differs.
+        """Compare every tenant and type, or the given ones; with `repair`, record an event for each that differs.
 
-        Repair reads the primary's row under lock and owes the event to this secondary only. Extras become deletes only
-        while they are few (`most_deletes`, a share of the secondary's resources, never fewer than ten), so that a wrong
-        listing empties nothing.
+        Repair reads the primary's row under lock and owes the event to this secondary only. Raises `UnknownSecondary`
+        when the registry does not have the secondary, and `Unavailable` when a side cannot be read to its end.
         """
         started = time.monotonic()
         result = ReconciliationResult(self._secondary.backend_id)
-        for scope in await self._source.scopes(tenant_id, resource_type):
-            await self._reconcile_scope(*scope, result, repair=repair)
+        scopes = await self._scopes(tenant_id, resource_type)
+        result.started_at, result.high_water = await self._judge().position()
+        for scope in scopes:
+            await self._reconcile(scope, result, repair=repair)
         result.duration = timedelta(seconds=time.monotonic() - started)
+        await self._note(result, {"tenant_id": tenant_id, "resource_type": resource_type, "repair": repair})
         return result
 
-    async def _reconcile_scope(self, tenant: str, kind: str, result: ReconciliationResult, *, repair: bool) -> None:
-        suspects, counts = await self._compare(tenant, kind)
-        drifts = await self._confirm(tenant, kind, list(suspects)) if suspects else []
-        result.primary_count += counts[0]
-        result.secondary_count += counts[1]
-        result.in_flight += len(suspects) - len(drifts)
-        result.count(drifts)
-        if repair and drifts:
-            await self._repair(tenant, kind, drifts, counts[1], result)
-
-    async def _compare(self, tenant: str, kind: str) -> tuple[dict[str, ResourceDigest | None], tuple[int, int]]:
-        """Merge both sides; return what differs, as the secondary holds it, and how many there were on each side."""
-        if isinstance(self._secondary, Refreshable):
-            await self._secondary.refresh()
-        suspects: dict[str, ResourceDigest | None] = {}
-        counts = [0, 0]
-        async for ours, theirs in _merged(self._source.scan(tenant, kind), self._secondary.scan(tenant, kind)):
-            counts[0] += ours is not None
-            counts[1] += theirs is not None
-            if ours is None or theirs is None or ours.digest != theirs.digest:
-                either = ours or theirs
-                assert either is not None
-                suspects[either.resource_id] = theirs
-        return suspects, (counts[0], counts[1])
-
-    async def _confirm(self, tenant: str, kind: str, suspects: list[str]) -> list[Drift]:
-        """Look again once nothing is owed for the suspects; whoever moved meanwhile is no drift."""
-        before = await self._quiet(tenant, kind, suspects)
-        again, _ = await self._compare(tenant, kind)
-        after = await self._owed(tenant, kind, suspects)
-        still = {name: again[name] for name in suspects if name in again and before[name] == after[name]}
-        present = await self._present(tenant, kind, list(still))
-        return [
-            Drift(
-                _kind_of(held, after[name][0], in_primary=name in present),
-                tenant,
-                kind,
-                name,
-                held.position if held else None,
-            )
-            for name, held in still.items()
-            if not after[name][1]
-        ]
-
-    async def _quiet(self, tenant: str, kind: str, suspects: list[str]) -> dict[str, tuple[int, bool]]:
-        deadline = time.monotonic() + self._patience
-        while True:
-            owed = await self._owed(tenant, kind, suspects)
-            if time.monotonic() >= deadline or not any(waiting for _, waiting in owed.values()):
-                return owed
-            await asyncio.sleep(0.1)
-
-    async def _owed(self, tenant: str, kind: str, names: list[str]) -> dict[str, tuple[int, bool]]:
-        parameters = {
-            "tenant_id": tenant,
-            "resource_type": kind,
-            "resource_ids": names,
-            "backend_id": self._secondary.backend_id,
-        }
-        async with self._engine.connect() as connection:
-            rows = await connection.execute(text(OWED.on(self._schema)), parameters)
-            return {row.resource_id: (row.position, row.owed) for row in rows}
-
-    async def _present(self, tenant: str, kind: str, names: list[str]) -> set[str]:
-        async with AsyncSession(self._engine) as session:
-            return set(await self._source.current(session, tenant, kind, names)) if names else set()
-
-    async def _repair(
-        self, tenant: str, kind: str, drifts: list[Drift], held: int, result: ReconciliationResult
-    ) -> None:
-        extras = [drift.resource_id for drift in drifts if drift.kind == "extra"]
-        if len(extras) > max(10, held * self._most_deletes):
-            result.refused += len(extras)
-            extras = []
-        others = [drift.resource_id for drift in drifts if drift.kind != "extra"]
-        for start in range(0, len(others), _PAGE):
-            result.repaired += await self._restore(tenant, kind, others[start : start + _PAGE])
-        for start in range(0, len(extras), _PAGE):
-            result.repaired += await self._remove(tenant, kind, extras[start : start + _PAGE])
-
-    async def _restore(self, tenant: str, kind: str, names: list[str]) -> int:
-        """Record the primary's state under its row locks; who is gone by now has an event of its own."""
-        async with AsyncSession(self._engine) as session, session.begin():
-            events = list((await self._source.current(session, tenant, kind, names)).values())
-            await self._record(await session.connection(), events)
-        return len(events)
-
-    async def _remove(self, tenant: str, kind: str, names: list[str]) -> int:
-        """Record deletes of what the primary does not have, without ever passing an insert that is under way.
-
-        The position is drawn first; then everybody who ran at that moment is waited for, because any of them may have
-        drawn a lower one; only then is the primary read again.
-        """
-        async with AsyncSession(self._engine) as session, session.begin() as transaction:
-            connection = await session.connection()
-            await self._record(connection, [SyncEvent.delete(kind, name, tenant_id=tenant) for name in names])
-            alone = await self._others_ended(connection)
-            if not alone or await self._source.current(session, tenant, kind, names):
-                await transaction.rollback()
-                return 0
-        return len(names)
-
-    async def _others_ended(self, connection: AsyncConnection) -> bool:
-        async with self._engine.begin() as beside:
-            barrier = {"barrier": int(await beside.scalar(text(BARRIER.on(self._schema))))}
-        deadline = time.monotonic() + self._patience
-        while (await connection.scalars(text(RUNNING.on(self._schema)), barrier)).first() is not None:
-            if time.monotonic() >= deadline:
-                return False
-            await asyncio.sleep(0.05)
-        return True
-
-    async def _record(self, connection: Any, events: list[SyncEvent]) -> None:
-        if events:
-            await record(connection, events, schema=self._schema, backend_ids=[self._secondary.backend_id])
-
-
-def _kind_of(held: ResourceDigest | None, newest: int, *, in_primary: bool) -> _Kind:
-    if held is None:
-        return "missing"
-    if not in_primary:
-        return "extra"
-    return "stale" if newest > held.position else "altered"
-
-
-async def _merged(
-    ours: AsyncIterator[PrimaryDigest], theirs: AsyncIterator[ResourceDigest]
-) -> AsyncIterator[tuple[PrimaryDigest | None, ResourceDigest | None]]:
-    """Walk two listings, both ordered by the bytes of the id, side by side."""
-    left, right = await anext(ours, None), await anext(theirs, None)
-    while left is not None or right is not None:
-        if right is None or (left is not None and left.resource_id.encode() < right.resource_id.encode()):
-            yield left, None
-            left = await anext(ours, None)
-        elif left is None or right.resource_id.encode() < left.resource_id.encode():
-            yield None, right
-            right = await anext(theirs, None)
+    async def _reconcile(self, scope: tuple[str, str], result: ReconciliationResult, *, repair: bool) -> None:
+        walk = Comparison(self._source, self._secondary, *scope, self._pause)
+        judge, extras, removable = self._judge(), 0, list[str]()
+        async for names in _together(walk.suspects()):
+            verdict = await judge.judge(*scope, names)
+            result.count(verdict.drifts)
+            result.set_aside(verdict.others)
+            if repair:
+                others = [drift.resource_id for drift in verdict.drifts if drift.kind != "extra"]
+                result.repaired += await self._repairer.restore(*scope, others)
+                found = [drift.resource_id for drift in verdict.drifts if drift.kind == "extra"]
+                extras += len(found)
+                removable += found[: self._terms.most_deleted - len(removable)]
+        result.primary_count += walk.primary_count
+        result.secondary_count += walk.secondary_count
+        result.listed += walk.listed
+        if self._may_remove(extras, walk.secondary_count, result):
+            result.repaired += await self._repairer.remove(*scope, removable)
         else:
-            yield left, right
-            left, right = await anext(ours, None), await anext(theirs, None)
+            result.refused += extras
+
+    def _may_remove(self, extras: int, held: int, result: ReconciliationResult) -> bool:
+        few = max(10, held * self._terms.most_deletes)
+        return extras <= few and result.extra <= self._terms.most_deleted
+
+    async def _scopes(self, tenant_id: str | None, resource_type: str | None) -> list[tuple[str, str]]:
+        """Return the tenants and types of either side that this secondary is to hold."""
+        async with self._engine.connect() as connection:
+            rows = await connection.execute(text(TERMS.on(self._schema)), {"backend_id": self._secondary.backend_id})
+            terms = rows.one_or_none()
+        if terms is None:
+            raise UnknownSecondary(self._secondary.backend_id, "the registry does not have it; a relay puts it there")
+        found = await self._source.scopes(tenant_id, resource_type)
+        if isinstance(self._secondary, Listable):
+            found |= {scope for scope in await self._secondary.scopes() if scope[1] in self._source.resource_types}
+        return sorted(
+            (tenant, kind)
+            for tenant, kind in found
+            if tenant_id in (None, tenant)
+            and resource_type in (None, kind)
+            and (terms.tenant_ids is None or tenant in terms.tenant_ids)
+            and (terms.resource_types is None or kind in terms.resource_types)
+        )
+
+    async def _note(self, result: ReconciliationResult, asked: dict[str, Any]) -> None:
+        """Write down what came of it; whoever may only read the primary goes without."""
+        counts = {name: getattr(result, name) for name in (*_COUNTS, "backend_id", "high_water", "started_at")}
+        note = {**asked, **counts, "actor": self._terms.actor, "reason": self._terms.reason}
+        try:
+            async with self._engine.begin() as connection:
+                await connection.execute(text(NOTE.on(self._schema)), note)
+        except DBAPIError as error:
+            if code_of(error) not in _MAY_NOT_WRITE:
+                raise
+            _log.info("what came of it is not written down: this role may only read the primary")
+
+    def _judge(self) -> Judge:
+        return Judge(self._engine, self._schema, self._source, self._secondary, Patience(self._terms.patience))
+
+    @property
+    def _repairer(self) -> Repairer:
+        terms = self._terms
+        return Repairer(
+            self._engine,
+            self._schema,
+            self._source,
+            self._secondary.backend_id,
+            actor=terms.actor or "reconcile",
+            reason=terms.reason or "it differed",
+            patience=terms.patience,
+        )
+
+
+async def _together(suspects: AsyncIterator[str]) -> AsyncIterator[list[str]]:
+    names: list[str] = []
+    async for name in suspects:
+        names.append(name)
+        if len(names) == _TOGETHER:
+            yield names
+            names = []
+    if names:
+        yield names

@@ -14,7 +14,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from outbox.reconcile import Drift, ReconciliationResult
+from outbox.judge import Drift
+from outbox.reconcile import ReconciliationResult
 from outbox.status import BackendSyncStatus, Failure, lag_text
 
 __all__ = ["console", "drift_table", "drift_text", "failure_table", "json_text", "status_table"]

@@ -1,73 +1,119 @@
-"""Source: the primary's side of a comparison, read from the tracked classes in key order, in bounded pages."""
+"""Source: the primary's side of a comparison, read from the tracked classes."""
 
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Iterator, Sequence
 from typing import Any
 
-import msgspec
-from sqlalchemy import Select, Text, cast, inspect, select
+from sqlalchemy import BigInteger, Select, cast, func, literal_column, select
+from sqlalchemy.dialects.postgresql import BIT
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession
+from sqlalchemy.orm import QueryableAttribute
 
 from outbox.capture import Tracked, Tracking
-from outbox.content import content_digest
 from outbox.event import Operation, SyncEvent
+from outbox.listing import Listing, PrimaryRow, identified, of_tenant, rows_of, sorts_by_bytes
+from outbox.secondaries.base import Summary
 
-__all__ = ["PrimaryDigest", "Source"]
+__all__ = ["Source"]
 
 _PAGE = 500
 
 
-class PrimaryDigest(msgspec.Struct, frozen=True):
-    """One resource as the primary holds it now."""
-
-    resource_id: str
-    digest: str
-
-
 class Source:
-    """Reads tracked classes. A scope whose `resource_id` is a function and not a column is sorted in memory."""
+    """Reads tracked classes. What neither a column nor the primary key names is found only by reading all of it."""
 
     def __init__(self, engine: AsyncEngine, tracking: Tracking) -> None:
         self._engine = engine
         self._tracking = tracking
 
-    async def scopes(self, tenant_id: str | None, resource_type: str | None) -> list[tuple[str, str]]:
+    @property
+    def resource_types(self) -> list[str]:
+        """What is tracked."""
+        return sorted({each.resource_type for each in self._tracking})
+
+    async def scopes(self, tenant_id: str | None, resource_type: str | None) -> set[tuple[str, str]]:
         """Return every (tenant_id, resource_type) there is to compare, narrowed by what is given."""
         found: set[tuple[str, str]] = set()
         for tracked in self._of(resource_type):
             tenants = {tenant_id} if tenant_id else await self._tenants(tracked)
             found |= {(tenant, tracked.resource_type) for tenant in tenants}
-        return sorted(found)
+        return found
 
-    async def scan(self, tenant_id: str, resource_type: str) -> AsyncIterator[PrimaryDigest]:
-        """Yield every resource of a scope, ordered by the UTF-8 bytes of its id."""
-        for tracked in self._of(resource_type):
-            if tracked.resource_id_column is None:
-                rows = sorted([row async for row in self._everything(tracked, tenant_id)], key=_bytes_of)
-                for row in rows:
-                    yield row
-                return
-            async for row in self._ordered(tracked, tenant_id):
-                yield row
+    async def pages(
+        self, tenant_id: str, resource_type: str, after: str | None = None, through: str | None = None
+    ) -> AsyncIterator[list[PrimaryRow]]:
+        """Yield a tenant's resources of a type with `after` < id <= `through`, by the UTF-8 bytes of the id."""
+        async for page in self._listing(tenant_id, resource_type).pages(after, through):
+            yield page
 
-    async def current(
+    async def find(self, tenant_id: str, resource_type: str, resource_ids: Sequence[str]) -> dict[str, PrimaryRow]:
+        """Return those of the resources that are there now."""
+        tracked = self._tracked(resource_type)
+        statement = _matching(tracked, tenant_id, resource_ids)
+        async with AsyncSession(self._engine) as session:
+            rows = await self._rows(session, statement, tracked, {(tenant_id, name) for name in resource_ids})
+        return {row.resource_id: row for row in rows_of(tracked, tenant_id, rows)}
+
+    async def locked(
         self, session: AsyncSession, tenant_id: str, resource_type: str, resource_ids: Sequence[str]
     ) -> dict[str, SyncEvent]:
-        """Return the primary's state of some resources as update events; their rows stay locked by the transaction."""
-        found: dict[str, SyncEvent] = {}
-        for tracked in self._of(resource_type):
-            statement = _of_tenant(select(tracked.entity), tracked, tenant_id).with_for_update()
-            if tracked.resource_id_column is not None:
-                statement = statement.where(cast(tracked.resource_id_column, Text).in_(resource_ids))
-            async for row in await session.stream_scalars(statement.execution_options(yield_per=_PAGE)):
-                event = tracked.event(Operation.UPDATE, row)
-                if event.resource_id in resource_ids and event.tenant_id == tenant_id:
-                    found[event.resource_id] = event
+        """Return the primary's state of some resources as update events; their rows stay locked by the transaction.
+
+        Rows that somebody else has locked are left out: nobody waits for us, and we for nobody.
+        """
+        tracked = self._tracked(resource_type)
+        statement = _matching(tracked, tenant_id, resource_ids).with_for_update(skip_locked=True, of=tracked.entity)
+        rows = await self._rows(session, statement, tracked, {(tenant_id, name) for name in resource_ids})
+        events = [tracked.event(Operation.UPDATE, row) for row in rows]
+        return {event.resource_id: event for event in events}
+
+    async def can_sum(self, resource_type: str) -> bool:
+        """Whether the database itself can sum up ranges: the content is a text column, the id's index is by bytes."""
+        tracked = self._tracked(resource_type)
+        column = tracked.resource_id_column
+        if column is None or tracked.content_column is None or tracked.tenant_column is None:
+            return False
+        # Rows of a class that is tracked for itself are in the same table, and not this type's.
+        alone = not any(issubclass(each.entity, tracked.entity) for each in self._tracking if each is not tracked)
+        return alone and await sorts_by_bytes(self._engine, column)
+
+    async def summarise(self, tenant_id: str, resource_type: str, after: str | None, through: str | None) -> Summary:
+        """Return the summary of a range, see `Summable`; only where `can_sum`."""
+        tracked = self._tracked(resource_type)
+        identity = tracked.resource_id_column
+        assert identity is not None
+        assert tracked.content_column is not None
+        hashed = func.md5(identity.concat("\n").concat(tracked.content_column))
+        number = cast(cast(literal_column("'x'").concat(func.substr(hashed, 1, 15)), BIT(60)), BigInteger)
+        total: Any = select(func.count(), func.coalesce(func.sum(number), 0)).select_from(tracked.entity)
+        statement = _between(of_tenant(total, tracked, tenant_id), identity, after, through)
+        async with self._engine.connect() as connection:
+            count, found = (await connection.execute(statement)).one()
+        return Summary(count, int(found))
+
+    async def boundary(self, tenant_id: str, resource_type: str, after: str | None, step: int) -> str | None:
+        """Return the id `step` places above `after`, None when there are not as many; only where `can_sum`."""
+        tracked = self._tracked(resource_type)
+        identity = tracked.resource_id_column
+        assert identity is not None
+        walk = of_tenant(select(identity), tracked, tenant_id).order_by(identity).offset(step - 1).limit(1)
+        async with self._engine.connect() as connection:
+            found: str | None = await connection.scalar(_between(walk, identity, after, None))
         return found
 
     def _of(self, resource_type: str | None) -> Iterator[Tracked]:
         return (each for each in self._tracking if resource_type in (None, each.resource_type))
+
+    def _tracked(self, resource_type: str) -> Tracked:
+        return next(self._of(resource_type))
+
+    def _listing(self, tenant_id: str, resource_type: str) -> Listing:
+        return Listing(self._engine, self._tracked(resource_type), tenant_id, self._is_of, _PAGE)
+
+    def _is_of(self, tracked: Tracked, row: Any) -> bool:
+        """Whether a row is this class's, and not of a subclass that is tracked for itself."""
+        return self._tracking.of(type(row)) is tracked
 
     async def _tenants(self, tracked: Tracked) -> set[str]:
         column = tracked.tenant_column
@@ -79,43 +125,23 @@ class Source:
             rows = await session.stream_scalars(select(tracked.entity).execution_options(yield_per=_PAGE))
             return {tracked.tenant(row) async for row in rows}
 
-    async def _ordered(self, tracked: Tracked, tenant_id: str) -> AsyncIterator[PrimaryDigest]:
-        # Bytewise, whatever collation the column has: both sides must sort alike.
-        key = cast(tracked.resource_id_column, Text).collate("C")
-        after: str | None = None
-        while True:
-            statement = _of_tenant(select(tracked.entity), tracked, tenant_id).order_by(key).limit(_PAGE)
-            async with AsyncSession(self._engine) as session:
-                rows = list(await session.scalars(statement if after is None else statement.where(key > after)))
-                page = [digest for row in rows if (digest := _digest(tracked, tenant_id, row))]
-            for each in page:
-                yield each
-            if len(rows) < _PAGE:
-                return
-            after = tracked.resource_id(rows[-1])
-
-    async def _everything(self, tracked: Tracked, tenant_id: str) -> AsyncIterator[PrimaryDigest]:
-        statement = _of_tenant(select(tracked.entity), tracked, tenant_id).order_by(
-            *inspect(tracked.entity).primary_key
-        )
-        async with AsyncSession(self._engine) as session:
-            async for row in await session.stream_scalars(statement.execution_options(yield_per=_PAGE)):
-                if digest := _digest(tracked, tenant_id, row):
-                    yield digest
+    async def _rows(
+        self, session: AsyncSession, statement: Select[Any], tracked: Tracked, wanted: set[tuple[str, str]]
+    ) -> list[Any]:
+        """Read objects, page by page: where no index finds them, most of them are not meant."""
+        rows = await session.stream_scalars(statement.execution_options(yield_per=_PAGE))
+        return [row async for row in rows if tracked.key_of(row) in wanted and self._is_of(tracked, row)]
 
 
-def _of_tenant(statement: Select[Any], tracked: Tracked, tenant_id: str) -> Select[Any]:
-    column = tracked.tenant_column
-    return statement if column is None or isinstance(column, str) else statement.where(column == tenant_id)
+def _matching(tracked: Tracked, tenant_id: str, resource_ids: Sequence[str]) -> Select[Any]:
+    statement = of_tenant(select(tracked.entity), tracked, tenant_id)
+    condition = identified(tracked, resource_ids)
+    return statement if condition is None else statement.where(condition)
 
 
-def _digest(tracked: Tracked, tenant_id: str, row: Any) -> PrimaryDigest | None:
-    event = tracked.event(Operation.UPDATE, row)
-    if event.tenant_id != tenant_id:
-        return None
-    assert event.content is not None
-    return PrimaryDigest(event.resource_id, content_digest(event.content))
-
-
-def _bytes_of(row: PrimaryDigest) -> bytes:
-    return row.resource_id.encode()
+def _between(
+    statement: Select[Any], column: QueryableAttribute[Any], after: str | None, through: str | None
+) -> Select[Any]:
+    if after is not None:
+        statement = statement.where(column > after)
+    return statement if through is None else statement.where(column <= through)

@@ -174,7 +174,7 @@ async def _waiting_for_others(engine: AsyncEngine) -> bool:
         found = await connection.scalar(
             text(
                 "select exists (select from pg_stat_activity"
-                " where query like '%pg_snapshot_xip%' and pid <> pg_backend_pid())"
+                " where query like '%as writer%pg_locks%' and pid <> pg_backend_pid())"
             )
         )
         return bool(found)

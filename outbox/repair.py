@@ -1,0 +1,126 @@
+"""Repair: append the events that restore one secondary, and nothing else.
+
+What is there is recorded anew from the primary's row, read under lock in the same transaction, so its position is in
+commit order with every other event of the key. What is there no more needs an order too: its delete draws a position
+first, then everybody who may have drawn a lower one and not committed yet is waited for, then the primary is read once
+more.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Sequence
+from datetime import timedelta
+
+from sqlalchemy import text
+from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, AsyncSession
+
+from outbox.event import SyncEvent
+from outbox.headers import headers
+from outbox.record import record
+from outbox.source import Source
+from outbox.statement import Statement
+
+__all__ = ["ALONE", "WRITERS", "Repairer"]
+
+# Two that remove would each be a writer the other waits for.
+ALONE = Statement("select pg_advisory_xact_lock(hashtextextended('{schema}.outbox repair', 0))")
+
+# Whoever has drawn a position holds this lock until it ends; transactions of other databases, and those that only read
+# or never recorded anything, do not. One that is prepared has no process.
+WRITERS = Statement("""
+select held.virtualtransaction as writer
+from pg_locks as held
+where held.locktype = 'relation' and held.mode = 'RowExclusiveLock' and held.granted
+  and held.database = (select oid from pg_database where datname = current_database())
+  and held.relation = to_regclass('{schema}.outbox')
+  and held.pid is distinct from pg_backend_pid()
+""")
+
+_PAGE = 200
+_TRIES = 5
+_PAUSE = 0.05
+
+
+class Repairer:
+    """Records what restores one secondary. `actor` and `reason` go into the headers of its events."""
+
+    def __init__(
+        self,
+        engine: AsyncEngine,
+        schema: str,
+        source: Source,
+        backend_id: str,
+        *,
+        actor: str,
+        reason: str,
+        patience: timedelta,
+    ) -> None:
+        self._engine = engine
+        self._schema = schema
+        self._source = source
+        self._backend_id = backend_id
+        self._actor = actor
+        self._reason = reason
+        self._patience = patience.total_seconds()
+
+    async def restore(self, tenant_id: str, resource_type: str, names: Sequence[str]) -> int:
+        """Record the primary's state of resources; return of how many. Who is gone by now has an event of its own."""
+        done = 0
+        for start in range(0, len(names), _PAGE):
+            left = list(names[start : start + _PAGE])
+            for attempt in range(_TRIES):
+                # Rows that somebody has locked are passed by: he may record an event of his own, or change nothing.
+                await asyncio.sleep(attempt * _PAUSE)
+                recorded = await self._restore(tenant_id, resource_type, left)
+                done += len(recorded)
+                left = [name for name in left if name not in recorded]
+                if not left or not await self._source.find(tenant_id, resource_type, left):
+                    break
+        return done
+
+    async def remove(self, tenant_id: str, resource_type: str, names: Sequence[str]) -> int:
+        """Record deletes of what the primary does not have; return of how many it still did not have at the end."""
+        pages = (names[start : start + _PAGE] for start in range(0, len(names), _PAGE))
+        return sum([await self._remove(tenant_id, resource_type, list(page)) for page in pages])
+
+    async def _restore(self, tenant_id: str, resource_type: str, names: Sequence[str]) -> set[str]:
+        async with AsyncSession(self._engine) as session, session.begin():
+            found = await self._source.locked(session, tenant_id, resource_type, names)
+            await self._record(await session.connection(), list(found.values()))
+        return set(found)
+
+    async def _remove(self, tenant_id: str, resource_type: str, names: list[str]) -> int:
+        async with AsyncSession(self._engine) as session, session.begin() as transaction:
+            connection = await session.connection()
+            await connection.execute(text(ALONE.on(self._schema)))
+            await self._record(
+                connection, [SyncEvent.delete(resource_type, name, tenant_id=tenant_id) for name in names]
+            )
+            ended = await self._writers_ended(connection)
+            back = await self._source.find(tenant_id, resource_type, names) if ended else {}
+            if ended and not back:
+                return len(names)
+            await transaction.rollback()
+        gone = [name for name in names if name not in back]
+        return await self._remove(tenant_id, resource_type, gone) if ended and gone else 0
+
+    async def _writers_ended(self, connection: AsyncConnection) -> bool:
+        """Whether all who had recorded something, and not committed it, at this moment have ended before long."""
+        deadline = time.monotonic() + self._patience
+        waited_for = await self._writers(connection)
+        while waited_for:
+            if time.monotonic() >= deadline:
+                return False
+            await asyncio.sleep(_PAUSE)
+            waited_for &= await self._writers(connection)
+        return True
+
+    async def _writers(self, connection: AsyncConnection) -> set[str]:
+        return set(await connection.scalars(text(WRITERS.on(self._schema))))
+
+    async def _record(self, connection: AsyncConnection, events: list[SyncEvent]) -> None:
+        if events:
+            with headers({"repair": self._reason}, actor=self._actor):
+                await record(connection, events, schema=self._schema, backend_ids=[self._backend_id])
