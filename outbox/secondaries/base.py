@@ -15,9 +15,11 @@ __all__ = [
     "Checkable",
     "Closeable",
     "Findable",
+    "Fresh",
     "Listable",
     "Outcome",
     "Positioned",
+    "Rebuildable",
     "Refreshable",
     "Rejected",
     "ResourceDigest",
@@ -164,6 +166,37 @@ class Positioned(Protocol):
 
     async def highest_position(self) -> int:
         """Return the highest position it holds, deletes included; 0 when it holds nothing. Raises `Unavailable`."""
+        ...
+
+
+class Fresh(Secondary, Protocol):
+    """A secondary that is filled beside another, to take its place. Shares its connections, which are not closed here.
+
+    Each step is harmless when it is done again.
+    """
+
+    async def switched(self) -> bool:
+        """Whether it has taken the place. Raises `Unavailable`."""
+        ...
+
+    async def switch(self, resource_types: Sequence[str]) -> None:
+        """Take the place for these types, at one moment: readers, and the writes of the other, meet what this holds.
+
+        Until `drop_old` this one can be written to as before. Raises `Unavailable`.
+        """
+        ...
+
+    async def drop_old(self) -> None:
+        """Delete what it took the place of, and what it holds beside that. Raises `Unavailable`."""
+        ...
+
+
+@runtime_checkable
+class Rebuildable(Protocol):
+    """A secondary that can be filled anew beside what it holds."""
+
+    async def fresh(self, backend_id: str) -> Fresh:
+        """Return the one to fill: the one that was begun and not ended, else an empty one. Raises `Unavailable`."""
         ...
 
 

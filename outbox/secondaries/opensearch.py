@@ -2,211 +2,23 @@
 
 from __future__ import annotations
 
-import asyncio
-import json
-import re
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import Mapping
 from datetime import timedelta
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-import msgspec
-
-from outbox.errors import SettingsError, Unavailable
-from outbox.event import SyncEvent
-from outbox.secondaries.base import Outcome, Rejected, ResourceDigest, Retry
-from outbox.secondaries.opensearch_answer import raise_refused
-from outbox.secondaries.opensearch_bulk import (
-    INDEX_MISSING,
-    SECONDARY_FAULTS,
-    Write,
-    bulk_body,
-    outcomes_of,
-    parts_of,
-    write_of,
-)
-from outbox.secondaries.opensearch_documents import LIVE, alias_name, document_id, index_body
-from outbox.secondaries.opensearch_http import (
-    NDJSON,
-    ElasticsearchHttp,
-    OpenSearchHttp,
-    Request,
-    SearchHttp,
-)
-from outbox.secondaries.opensearch_reads import Listing, read_content, refresh_index
+from outbox.secondaries.opensearch_fresh import RebuildableSearch
+from outbox.secondaries.opensearch_http import ElasticsearchHttp, OpenSearchHttp
+from outbox.secondaries.opensearch_secondary import BULK_BYTES, TIMEOUT, ContentMapping
 
 if TYPE_CHECKING:
     from elasticsearch import AsyncElasticsearch
     from opensearchpy import AsyncOpenSearch
 
-__all__ = ["ContentMapping", "ElasticsearchSecondary", "OpenSearchSecondary"]
-
-ContentMapping = Mapping[str, Any] | Callable[[str], Mapping[str, Any]]
-
-_BACKEND_ID = re.compile(r"[a-z][a-z0-9_-]{0,62}")
-_PREFIX = re.compile(r"[a-z0-9][a-z0-9_-]{0,49}")
-_BULK_BYTES = 5 * 1024 * 1024
-_TIMEOUT = timedelta(seconds=30)
+__all__ = ["ElasticsearchSecondary", "OpenSearchSecondary"]
 
 
-class _SearchSecondary:
-    """What both servers have in common: everything but the client."""
-
-    def __init__(
-        self,
-        backend_id: str,
-        connect: Callable[[timedelta], SearchHttp],
-        *,
-        prefix: str,
-        mapping: ContentMapping | None,
-        settings: Mapping[str, Any] | None,
-        bulk_bytes: int,
-        timeout: timedelta,
-        verify_content: bool,
-    ) -> None:
-        if not _BACKEND_ID.fullmatch(backend_id):
-            raise SettingsError("backend_id", "must match [a-z][a-z0-9_-]{0,62}")
-        if not _PREFIX.fullmatch(prefix):
-            raise SettingsError("prefix", "must match [a-z0-9][a-z0-9_-]{0,49}")
-        if bulk_bytes < 1:
-            raise SettingsError("bulk_bytes", "must be at least 1")
-        if timeout <= timedelta(0):
-            raise SettingsError("timeout", "must be longer than nothing")
-        self._backend_id = backend_id
-        self._http = connect(timeout)
-        self._prefix = prefix
-        self._mapping = mapping
-        self._settings = dict(settings or {})
-        self._bulk_bytes = bulk_bytes
-        self._verify_content = verify_content
-
-    @property
-    def backend_id(self) -> str:
-        """The name in the registry."""
-        return self._backend_id
-
-    def search_name(self, resource_type: str) -> str:
-        """Return the name to search a type under: an alias that shows no tombstones."""
-        return alias_name(self._prefix, resource_type)
-
-    async def apply(self, batch: Sequence[SyncEvent]) -> Sequence[Outcome]:
-        """Write every event's document with its position as external version; a delete writes a tombstone.
-
-        Creates an index and its alias where they are missing. Raises `Unavailable`, with what is known by then, when
-        the server does not answer.
-        """
-        outcomes: list[Outcome] = []
-        parts = parts_of((write_of(event, self._prefix) for event in batch), self._bulk_bytes)
-        halves: list[Sequence[Write]] = []
-        # Digests of megabytes take their time: not the event loop's, which keeps leases alive.
-        while part := halves.pop() if halves else await asyncio.to_thread(next, parts, ()):
-            try:
-                answered = await self._write(part)
-            except Unavailable as error:
-                error.known = outcomes
-                raise
-            if answered is None:
-                half = len(part) // 2
-                halves += (part[half:], part[:half])
-            else:
-                outcomes += answered
-        return outcomes
-
-    async def scan(self, tenant_id: str, resource_type: str, after: str | None = None) -> AsyncIterator[ResourceDigest]:
-        """Yield the live resources in id order, as visible after a refresh. Raises `Unavailable`.
-
-        With `verify_content` the digest is computed from the content as it is held now. A document that another hand
-        put under a wrong `_id` shows as altered, and stays so until it is removed by hand.
-        """
-        alias = self.search_name(resource_type)
-        if not await refresh_index(self._http, alias):
-            return
-        listing = Listing(
-            self._http,
-            alias,
-            (tenant_id, resource_type),
-            after,
-            verify_content=self._verify_content,
-        )
-        while not listing.complete:
-            for found in await listing.next_page():
-                yield found
-
-    async def content_of(self, resource_type: str, resource_id: str, *, tenant_id: str = "default") -> str | None:
-        """Return the JSON text held for a resource; None when it is absent or deleted. Raises `Unavailable`."""
-        alias = self.search_name(resource_type)
-        return await read_content(self._http, alias, document_id(tenant_id, resource_id))
-
-    async def refresh(self) -> None:
-        """Return once everything applied so far is visible to searches. Raises `Unavailable`."""
-        await refresh_index(self._http, f"{self._prefix}-*")
-
-    async def check(self) -> None:
-        """Return when the server answers; raise `Unavailable` when it does not."""
-        answer = await self._http.send(Request("GET", "/"))
-        raise_refused(answer)
-        try:
-            msgspec.json.decode(answer.body, type=dict[str, msgspec.Raw])
-        except msgspec.MsgspecError as error:
-            raise Unavailable("unreadable_answer", "what answers is no search server") from error
-
-    async def aclose(self) -> None:
-        """Close the client if it was made from an address; calling it twice is harmless."""
-        await self._http.aclose()
-
-    async def _write(self, part: Sequence[Write]) -> list[Outcome] | None:
-        """Write a part; None when the server finds it too large and it can be split."""
-        outcomes = await self._bulk(part)
-        if outcomes is None:
-            return None
-        lost = [at for at, found in enumerate(outcomes) if _code(found) == INDEX_MISSING]
-        if lost:
-            await self._restore(part, outcomes, lost)
-        faults = [found for found in outcomes if _code(found) in SECONDARY_FAULTS]
-        if len(faults) == len(part) and isinstance(faults[0], Retry):
-            raise Unavailable(
-                faults[0].code,
-                "the search server refused every document for its own reasons",
-                retry_after=faults[0].after,
-            )
-        return outcomes
-
-    async def _restore(self, part: Sequence[Write], outcomes: list[Outcome], lost: Sequence[int]) -> None:
-        """Create the missing indices and write once more what found none."""
-        writes = [part[at] for at in lost]
-        try:
-            for write in {write.alias: write for write in writes}.values():
-                await self._create_index(write)
-            again = await self._bulk(writes)
-        except Unavailable:
-            if len(lost) == len(part):
-                raise
-            return
-        for at, found in zip(lost, again or (), strict=again is not None):
-            outcomes[at] = found
-
-    async def _bulk(self, part: Sequence[Write]) -> list[Outcome] | None:
-        # Without `require_alias` a server that lost an index would make one up, without our mapping and our alias.
-        request = Request("POST", "/_bulk", bulk_body(part), {"require_alias": "true"}, NDJSON)
-        answer = await self._http.send(request)
-        if answer.status == 413:
-            return None if len(part) > 1 else [Rejected("too_large")]
-        raise_refused(answer)
-        return outcomes_of(answer, part)
-
-    async def _create_index(self, write: Write) -> None:
-        mapping = self._mapping(write.resource_type) if callable(self._mapping) else self._mapping
-        body = index_body(write.alias, mapping, self._settings)
-        create = Request("PUT", f"/{write.index}", json.dumps(body).encode())
-        answer = await self._http.send(create)
-        if answer.error == "resource_already_exists_exception":
-            add = {"index": write.index, "alias": write.alias, "filter": LIVE}
-            actions = json.dumps({"actions": [{"add": add}]}).encode()
-            answer = await self._http.send(Request("POST", "/_aliases", actions))
-        raise_refused(answer)
-
-
-class OpenSearchSecondary(_SearchSecondary):
+class OpenSearchSecondary(RebuildableSearch):
     """Keeps resources in OpenSearch, one index for each resource type, through opensearch-py.
 
     `search_name(type)` is what users search: an alias of `prefix` and the type whose filter hides tombstones. A
@@ -229,8 +41,8 @@ class OpenSearchSecondary(_SearchSecondary):
         prefix: str = "outbox",
         mapping: ContentMapping | None = None,
         settings: Mapping[str, Any] | None = None,
-        bulk_bytes: int = _BULK_BYTES,
-        timeout: timedelta = _TIMEOUT,
+        bulk_bytes: int = BULK_BYTES,
+        timeout: timedelta = TIMEOUT,
         verify_content: bool = True,
     ) -> None:
         super().__init__(
@@ -245,7 +57,7 @@ class OpenSearchSecondary(_SearchSecondary):
         )
 
 
-class ElasticsearchSecondary(_SearchSecondary):
+class ElasticsearchSecondary(RebuildableSearch):
     """Keeps resources in Elasticsearch, through elasticsearch-py; in all else as `OpenSearchSecondary`."""
 
     def __init__(
@@ -256,8 +68,8 @@ class ElasticsearchSecondary(_SearchSecondary):
         prefix: str = "outbox",
         mapping: ContentMapping | None = None,
         settings: Mapping[str, Any] | None = None,
-        bulk_bytes: int = _BULK_BYTES,
-        timeout: timedelta = _TIMEOUT,
+        bulk_bytes: int = BULK_BYTES,
+        timeout: timedelta = TIMEOUT,
         verify_content: bool = True,
     ) -> None:
         super().__init__(
@@ -270,7 +82,3 @@ class ElasticsearchSecondary(_SearchSecondary):
             timeout=timeout,
             verify_content=verify_content,
         )
-
-
-def _code(outcome: Outcome) -> str | None:
-    return outcome.code if isinstance(outcome, Retry) else None

@@ -11,7 +11,7 @@ import msgspec
 from outbox.event import SyncEvent
 from outbox.secondaries.base import Applied, Outcome, Rejected, Retry, Stale
 from outbox.secondaries.opensearch_answer import Answer, error_type
-from outbox.secondaries.opensearch_documents import alias_name, document_id, document_text, index_name
+from outbox.secondaries.opensearch_documents import alias_name, document_id, document_text, index_name, is_behind
 
 __all__ = [
     "INDEX_MISSING",
@@ -132,7 +132,8 @@ def outcomes_of(answer: Answer, writes: Sequence[Write]) -> list[Outcome]:
 
 
 def _outcome(result: _Result, write: Write, after: timedelta | None) -> Outcome:
-    if result.id != write.document_id or result.index not in (write.alias, write.index):
+    known = result.index in (write.alias, write.index) or is_behind(result.index, write.alias)
+    if result.id != write.document_id or not known:
         return UNKNOWN_OUTCOME
     if result.status in (200, 201):
         # A server that did not keep our version would not refuse an older one either.

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Mapping
 from typing import Any
 
 from outbox.content import content_digest
 from outbox.event import SyncEvent
 
-__all__ = ["LIVE", "alias_name", "document_id", "document_text", "index_body", "index_name"]
+__all__ = ["LIVE", "alias_name", "document_id", "document_text", "index_body", "index_name", "is_behind"]
 
 # The filter of every alias: a search through one never meets a tombstone.
 LIVE: dict[str, Any] = {"term": {"deleted": False}}
@@ -69,6 +70,11 @@ def alias_name(prefix: str, resource_type: str) -> str:
 def index_name(prefix: str, resource_type: str) -> str:
     """Return the name of the index behind the alias, tombstones included; a search of `prefix-*` does not meet it."""
     return f"all.{alias_name(prefix, resource_type)}"
+
+
+def is_behind(index: str, alias: str) -> bool:
+    """Whether an index may stand behind an alias: the first, or one that was filled beside it and took its place."""
+    return re.fullmatch(rf"all\.(?:[a-z]\.)?{re.escape(alias)}", index) is not None
 
 
 def document_id(tenant_id: str, resource_id: str) -> str:

@@ -18,7 +18,7 @@ from outbox.secondaries.opensearch_bulk import INDEX_MISSING
 from outbox.secondaries.opensearch_documents import LIVE, document_id
 from outbox.secondaries.opensearch_http import Request, SearchHttp
 
-__all__ = ["Listing", "read_content", "refresh_index"]
+__all__ = ["Listing", "Searched", "complete", "decoded", "read_content", "refresh_index", "search"]
 
 _PAGE = 500
 _FIRST_PAGE = 64
@@ -54,9 +54,17 @@ class _Hits(msgspec.Struct):
     hits: list[_Hit]
 
 
-class _Page(msgspec.Struct):
+class Searched(msgspec.Struct):
+    """What every answer to a search says of itself."""
+
     timed_out: bool
     shards: _Shards = msgspec.field(name="_shards")
+
+
+_S = TypeVar("_S", bound=Searched)
+
+
+class _Page(Searched):
     hits: _Hits
 
 
@@ -84,30 +92,33 @@ class _FoundAll(msgspec.Struct):
 class Listing:
     """The live documents of one tenant and type, page by page in the order of the id's UTF-8 bytes.
 
-    A page is as long as its documents are small, so that memory stays bounded for large resources too.
+    With `only`, those of these resources. A page is as long as its documents are small, so that memory stays bounded
+    for large resources too.
     """
 
     def __init__(
-        self, http: SearchHttp, alias: str, key: tuple[str, str], after: str | None, *, verify_content: bool
+        self,
+        http: SearchHttp,
+        alias: str,
+        key: tuple[str, str],
+        after: str | None,
+        *,
+        only: Sequence[str] | None = None,
+        verify_content: bool,
     ) -> None:
         self._http = http
         self._alias = alias
         self._tenant_id, self._resource_type = key
         self._after = after
+        self._only = only
         self._verify = verify_content
         self._size = _FIRST_PAGE
         self.complete = False
 
     async def next_page(self) -> list[ResourceDigest]:
         """Return the next resources. Raises `Unavailable` when they may not be all there are."""
-        # One preference keeps all pages on the same copies of the shards.
-        params = {"allow_partial_search_results": "false", "preference": "outbox-scan"}
-        body = json.dumps(self._query()).encode()
-        answer = await self._http.send(Request("POST", f"/{self._alias}/_search", body, params))
-        raise_refused(answer)
-        page = _decoded(answer, _Page)
-        if page.timed_out or page.shards.failed:
-            raise Unavailable("partial_answer", "the search server answered for a part only")
+        answer = await search(self._http, self._alias, json.dumps(self._query()).encode())
+        page = complete(answer, _Page)
         groups = [list(group) for _, group in groupby(page.hits.hits, lambda hit: hit.resource_id)]
         self.complete = len(page.hits.hits) < self._size
         if not self.complete and len(groups) > 1:
@@ -124,6 +135,7 @@ class Listing:
             {"term": {"resource_type": self._resource_type}},
             LIVE,
             {"exists": {"field": "resource_id"}},
+            *([] if self._only is None else [{"terms": {"resource_id": list(self._only)}}]),
         ]
         query: dict[str, Any] = {
             "size": self._size,
@@ -151,13 +163,30 @@ class Listing:
         return ResourceDigest(first.resource_id, 0 if stored is None else stored.position, digest)
 
 
+async def search(http: SearchHttp, names: str, query: bytes) -> Answer:
+    """Return the answer to a search; whether it is all there is, `complete` says. Raises `Unavailable`."""
+    # One preference keeps all pages on the same copies of the shards.
+    params = {"allow_partial_search_results": "false", "preference": "outbox-scan"}
+    answer = await http.send(Request("POST", f"/{names}/_search", query, params))
+    raise_refused(answer)
+    return answer
+
+
+def complete(answer: Answer, shape: type[_S]) -> _S:
+    """Return what the answer to a search holds. Raises `Unavailable` when a part is missing."""
+    found = decoded(answer, shape)
+    if found.timed_out or found.shards.failed:
+        raise Unavailable("partial_answer", "the search server answered for a part only")
+    return found
+
+
 async def refresh_index(http: SearchHttp, names: str) -> bool:
     """Make everything written to an index visible; False when there is none of that name. Raises `Unavailable`."""
     answer = await http.send(Request("POST", f"/{names}/_refresh"))
     if answer.status == 404 and answer.error == INDEX_MISSING:
         return False
     raise_refused(answer)
-    if _decoded(answer, _Refreshed).shards.failed:
+    if decoded(answer, _Refreshed).shards.failed:
         raise Unavailable("partial_answer", "the search server refreshed a part only")
     return True
 
@@ -167,14 +196,15 @@ async def read_content(http: SearchHttp, alias: str, identity: str) -> str | Non
     wanted = {"docs": [{"_index": alias, "_id": identity}]}
     answer = await http.send(Request("POST", "/_mget", json.dumps(wanted).encode()))
     raise_refused(answer)
-    (found,) = _decoded(answer, _FoundAll).docs
+    (found,) = decoded(answer, _FoundAll).docs
     if found.error is not None and found.error.type != INDEX_MISSING:
         raise Unavailable(error_type(found.error.type), "the search server could not read an index")
     stored = _stored(found.source) if found.found else None
     return None if stored is None or stored.deleted else bytes(stored.content).decode() or None
 
 
-def _decoded(answer: Answer, shape: type[_T]) -> _T:
+def decoded(answer: Answer, shape: type[_T]) -> _T:
+    """Return what an answer holds. Raises `Unavailable` when it has another shape."""
     try:
         return msgspec.json.decode(answer.body, type=shape)
     except msgspec.MsgspecError as error:

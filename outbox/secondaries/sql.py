@@ -7,24 +7,22 @@ higher. `content is null` marks a tombstone, kept for good: a short row is the p
 from __future__ import annotations
 
 import asyncio
-import re
 from collections.abc import AsyncIterator, Coroutine, Sequence
 from datetime import timedelta
 from operator import attrgetter
 from typing import Any, TypeVar
 
-import asyncpg
 import sqlalchemy as sa
 import tenacity
-from sqlalchemy.dialects import mysql, postgresql, sqlite
 from sqlalchemy.exc import DBAPIError
-from sqlalchemy.exc import TimeoutError as PoolTimeout
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
 
-from outbox.content import content_digest
 from outbox.errors import SettingsError, Unavailable
 from outbox.event import SyncEvent
-from outbox.secondaries.base import Applied, Outcome, Rejected, ResourceDigest, Retry, Stale
+from outbox.secondaries.base import Applied, Outcome, Rejected, ResourceDigest, Retry, Stale, Summary
+from outbox.secondaries.sql_digest import digests, live, summary, summing, within
+from outbox.secondaries.sql_failure import FAILURES, code_of, is_contention, is_fault_of_a_row
+from outbox.secondaries.sql_table import MYSQL, SENT, guarded_upsert, resources_table
 
 __all__ = ["SqlSecondary"]
 
@@ -32,25 +30,11 @@ _Key = tuple[str, ...]
 _Got = TypeVar("_Got")
 _Rows = Sequence[sa.Row[*tuple[Any, ...]]]
 
-_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,62}")
-_MYSQL = ("mariadb", "mysql")
-_KEY = ("tenant_id", "resource_type", "resource_id")
-# The guard compares positions and MySQL assigns in this order, so the position comes last.
-_STATE = ("content", "version", "fhir_version", "written_at", "position")
-_SENT = (*_KEY, *_STATE[:3], "position")
 _PAGE = 200
 # Keeps the ranges of one query well within what MySQL's range optimizer takes before it reads the whole table.
 _KEYS_AT_ONCE = 500
 # Keeps a statement full of the largest contents well below the 1 GiB that PostgreSQL takes.
 _AT_ONCE = {"insertmanyvalues_page_size": 250}
-
-# What one row can be blamed for: data, integrity, view check, raised by a trigger, program limits. MySQL's numbers
-# stand where its SQLSTATE says nothing: wrong value for a field, check violated.
-_ROW_AT_FAULT = ("22", "23", "44", "45", "54", "P0", "1366", "3819", "SQLITE_CONSTRAINT", "SQLITE_TOOBIG")
-# Serialization failure, deadlock, lock not available; and MySQL's lock wait timeout.
-_CONTENDED = ("40001", "40P01", "55P03", "1205")
-# What asyncpg raises while connecting reaches us as it is.
-_FAILURES = (DBAPIError, PoolTimeout, OSError, asyncpg.PostgresError, asyncpg.InterfaceError)
 
 
 class SqlSecondary:
@@ -58,8 +42,8 @@ class SqlSecondary:
 
     `engine_or_url` is an `AsyncEngine`, used as it is and yours to dispose (best at READ COMMITTED), or a URL for
     asyncpg, psycopg, asyncmy or aiosqlite. The table is created on first use when it is absent; a `schema` must exist.
-    `timeout` bounds one `apply`, and one page of a `scan`. Raises `SettingsError` for names that need quoting, for
-    other databases, and for SQLite in memory.
+    `timeout` bounds one `apply`, one page of a `scan`, and one of the statements that answer anything else. Raises
+    `SettingsError` for names that need quoting, for other databases, and for SQLite in memory.
     """
 
     def __init__(
@@ -75,8 +59,8 @@ class SqlSecondary:
         self._owned = not isinstance(engine_or_url, AsyncEngine)
         self._engine = _engine(engine_or_url)
         self._is_sqlite = self._engine.dialect.name == "sqlite"
-        self._table = _resources(table, schema)
-        self._upsert = _upsert(self._table, self._engine.dialect.name)
+        self._table = resources_table(table, schema)
+        self._upsert = guarded_upsert(self._table, self._engine.dialect.name)
         self._timeout = timeout.total_seconds()
         self._ready = False
 
@@ -92,16 +76,59 @@ class SqlSecondary:
 
     async def scan(self, tenant_id: str, resource_type: str, after: str | None = None) -> AsyncIterator[ResourceDigest]:
         """Yield the live resources in id order, with a short transaction for every 200 of them."""
-        last = after or ""
-        while page := await self._live(tenant_id, resource_type, self._table.c.resource_id > last):
+        async for page in self._pages(tenant_id, resource_type, after, None):
             # Digests of large contents take long enough to keep the loop from its heartbeats.
-            for seen in await asyncio.to_thread(_digests, page):
+            for seen in await asyncio.to_thread(digests, page):
                 yield seen
-            last = page[-1].resource_id
+
+    async def find(self, tenant_id: str, resource_type: str, resource_ids: Sequence[str]) -> Sequence[ResourceDigest]:
+        """Return those of the resources that are live, from a short transaction for every 200 of them."""
+        found: list[ResourceDigest] = []
+        names = list(dict.fromkeys(resource_ids))
+        for start in range(0, len(names), _PAGE):
+            some = self._table.c.resource_id.in_(names[start : start + _PAGE])
+            found += await asyncio.to_thread(digests, await self._page(tenant_id, resource_type, some))
+        return found
+
+    async def scopes(self) -> Sequence[tuple[str, str]]:
+        """Return every (tenant_id, resource_type) with a live resource, by steps along the primary key.
+
+        Takes as many queries as there are of them, and tombstones are passed one by one; no content is read.
+        """
+        c = self._table.c
+        found: list[tuple[str, str]] = []
+        ranges: Sequence[sa.ColumnElement[bool]] = [sa.true()]
+        while scope := await self._first_scope(ranges):
+            found.append(scope)
+            tenant_id, resource_type = scope
+            ranges = [sa.and_(c.tenant_id == tenant_id, c.resource_type > resource_type), c.tenant_id > tenant_id]
+        return found
+
+    async def summarise(self, tenant_id: str, resource_type: str, after: str | None, through: str | None) -> Summary:
+        """Return the summary of a range: one statement, within which the database reads and hashes every content.
+
+        SQLite, which cannot hash, is read page by page instead.
+        """
+        if self._is_sqlite:
+            return await self._summed_here(tenant_id, resource_type, after, through)
+        query = summing(self._table, self._engine.dialect.name)
+        query = query.where(live(self._table, tenant_id, resource_type), within(self._table, after, through))
+        [(count, total)] = await self._read(query)
+        if (total or 0) < 0:
+            raise Unavailable("unreadable_content", "the database could not hash every content")
+        return Summary(count, int(total or 0))
+
+    async def highest_position(self) -> int:
+        """Return the highest position held, deletes included; 0 when nothing is held.
+
+        One look at an index. A table that was made without it (`position`) is read as a whole, within `timeout`.
+        """
+        [(highest,)] = await self._read(sa.select(sa.func.max(self._table.c.position)))
+        return int(highest or 0)
 
     async def content_of(self, resource_type: str, resource_id: str, *, tenant_id: str = "default") -> str | None:
         """Return the JSON text held for a resource; None when it is absent or deleted."""
-        found = await self._live(tenant_id, resource_type, self._table.c.resource_id == resource_id)
+        found = await self._page(tenant_id, resource_type, self._table.c.resource_id == resource_id)
         return found[0].content if found else None
 
     async def check(self) -> None:
@@ -118,10 +145,10 @@ class SqlSecondary:
         try:
             async with asyncio.timeout(self._timeout):
                 return await (_whole(work) if self._is_sqlite else work)
-        except _FAILURES as error:
+        except FAILURES as error:
             # It may come back as another server, or restored: look for the table again.
             self._ready = False
-            raise Unavailable(_code(error), "the database did not do what it was asked") from None
+            raise Unavailable(code_of(error), "the database did not do what it was asked") from None
 
     # Twice, as another process may create the table between our look and our statement.
     @tenacity.retry(
@@ -139,25 +166,24 @@ class SqlSecondary:
         try:
             return await self._store(batch)
         except DBAPIError as error:
-            code = _code(error)
-            if code.startswith(_CONTENDED):
-                return [Retry(code, "other writers held the rows")] * len(batch)
-            if not code.startswith(_ROW_AT_FAULT):
+            if is_contention(error):
+                return [Retry(code_of(error), "other writers held the rows")] * len(batch)
+            if not is_fault_of_a_row(error):
                 raise
             if len(batch) == 1:
-                return [Rejected(code, "the database refuses this row")]
+                return [Rejected(code_of(error), "the database refuses this row")]
         half = len(batch) // 2
         return [*await self._apply(batch[:half]), *await self._apply(batch[half:])]
 
     @tenacity.retry(
-        retry=tenacity.retry_if_exception(lambda error: _code(error).startswith(_CONTENDED)),
+        retry=tenacity.retry_if_exception(is_contention),
         stop=tenacity.stop_after_attempt(5),
         wait=tenacity.wait_random_exponential(multiplier=0.05, max=1),
         reraise=True,
     )
     async def _store(self, batch: Sequence[SyncEvent]) -> list[Outcome]:
         # Relays that meet on the same keys lock them in one order, and so never in a circle.
-        rows = [{name: getattr(event, name) for name in _SENT} for event in sorted(batch, key=attrgetter("key"))]
+        rows = [{name: getattr(event, name) for name in SENT} for event in sorted(batch, key=attrgetter("key"))]
         async with self._engine.begin() as connection:
             result = await connection.execute(self._upsert, rows, execution_options=_AT_ONCE)
             if result.returns_rows:
@@ -178,38 +204,42 @@ class SqlSecondary:
                 positions[tuple(found)] = position
         return positions
 
-    async def _live(self, tenant_id: str, resource_type: str, condition: sa.ColumnElement[bool]) -> _Rows:
+    async def _pages(
+        self, tenant_id: str, resource_type: str, after: str | None, through: str | None
+    ) -> AsyncIterator[_Rows]:
+        while page := await self._page(tenant_id, resource_type, within(self._table, after, through)):
+            yield page
+            after = page[-1].resource_id
+
+    async def _page(self, tenant_id: str, resource_type: str, condition: sa.ColumnElement[bool]) -> _Rows:
         """Return the first page of what is there and not deleted, in id order."""
         c = self._table.c
-        place = (c.tenant_id == tenant_id, c.resource_type == resource_type, c.content.is_not(None))
-        page = sa.select(c.resource_id, c.position, c.content).where(*place, condition).order_by(c.resource_id)
+        page = sa.select(c.resource_id, c.position, c.content).where(live(self._table, tenant_id, resource_type))
+        return await self._read(page.where(condition).order_by(c.resource_id).limit(_PAGE))
+
+    async def _first_scope(self, ranges: Sequence[sa.ColumnElement[bool]]) -> tuple[str, str] | None:
+        """Return where the first live resource lies, in the first of the ranges that has one."""
+        c = self._table.c
+        first = sa.select(c.tenant_id, c.resource_type).where(c.content.is_not(None)).order_by(*self._table.primary_key)
+        for condition in ranges:
+            for tenant_id, resource_type in await self._read(first.where(condition).limit(1)):
+                return tenant_id, resource_type
+        return None
+
+    async def _summed_here(self, tenant_id: str, resource_type: str, after: str | None, through: str | None) -> Summary:
+        count = total = 0
+        async for page in self._pages(tenant_id, resource_type, after, through):
+            part = await asyncio.to_thread(summary, page)
+            count, total = count + part.count, total + part.total
+        return Summary(count, total)
+
+    async def _read(self, query: sa.Executable) -> _Rows:
         await self._run(self._ensure_table())
-        return await self._run(self._select(page.limit(_PAGE)))
+        return await self._run(self._select(query))
 
     async def _select(self, query: sa.Executable) -> _Rows:
         async with self._engine.connect() as connection:
             return (await connection.execute(query)).fetchall()
-
-
-class _Bytewise(sa.types.TypeDecorator[str]):
-    """Text that is compared and sorted by its UTF-8 bytes, trailing spaces included."""
-
-    impl = sa.String
-    cache_ok = True
-
-    def load_dialect_impl(self, dialect: sa.Dialect) -> sa.types.TypeEngine[Any]:
-        if dialect.name == "postgresql":
-            return dialect.type_descriptor(postgresql.TEXT(collation="C"))
-        if dialect.name in _MYSQL:
-            # Its binary collations ignore trailing spaces, or differ in name between the two.
-            return dialect.type_descriptor(mysql.VARBINARY(self.length))
-        return dialect.type_descriptor(sa.String())
-
-    def process_bind_param(self, value: str | None, dialect: sa.Dialect) -> str | bytes | None:
-        return value.encode() if value is not None and dialect.name in _MYSQL else value
-
-    def process_result_value(self, value: Any, dialect: sa.Dialect) -> Any:
-        return value.decode() if value is not None and dialect.name in _MYSQL else value
 
 
 async def _whole(work: Coroutine[Any, Any, _Got]) -> _Got:
@@ -225,7 +255,7 @@ async def _whole(work: Coroutine[Any, Any, _Got]) -> _Got:
 def _engine(given: AsyncEngine | sa.URL | str) -> AsyncEngine:
     url = given.url if isinstance(given, AsyncEngine) else sa.make_url(given)
     database = url.get_backend_name()
-    if database not in ("postgresql", "sqlite", *_MYSQL):
+    if database not in ("postgresql", "sqlite", *MYSQL):
         raise SettingsError("engine_or_url", "must be of PostgreSQL, MariaDB, MySQL or SQLite")
     if database == "sqlite" and url.database in (None, "", ":memory:"):
         raise SettingsError("engine_or_url", "SQLite in memory is lost with its connection; name a file")
@@ -237,64 +267,7 @@ def _engine(given: AsyncEngine | sa.URL | str) -> AsyncEngine:
     return create_async_engine(given, pool_pre_ping=True, hide_parameters=True, **options)
 
 
-def _resources(name: str, schema: str | None) -> sa.Table:
-    for field, value in (("table", name), ("schema", schema or "none")):
-        if not _NAME.fullmatch(value):
-            raise SettingsError(field, "takes up to 63 ASCII letters, digits and '_', no digit first")
-    instant = sa.DateTime(timezone=True).with_variant(mysql.TIMESTAMP(), *_MYSQL)
-    long_text = mysql.LONGTEXT(charset="utf8mb4", collation="utf8mb4_bin")
-    return sa.Table(
-        name,
-        sa.MetaData(),
-        sa.Column("tenant_id", _Bytewise(64), primary_key=True),
-        sa.Column("resource_type", _Bytewise(128), primary_key=True),
-        sa.Column("resource_id", _Bytewise(512), primary_key=True),
-        sa.Column("position", sa.BigInteger, nullable=False),
-        sa.Column("version", _Bytewise(128)),
-        sa.Column("fhir_version", _Bytewise(16)),
-        sa.Column("content", sa.Text().with_variant(long_text, *_MYSQL)),
-        sa.Column("written_at", instant, nullable=False, server_default=sa.func.now()),
-        schema=schema,
-    )
-
-
-def _upsert(table: sa.Table, database: str) -> sa.Insert:
-    """Build the guarded upsert; where the database can, it returns the keys of what it wrote."""
-    held = table.c
-    now = {"written_at": sa.func.current_timestamp()}
-    if database in _MYSQL:
-        mine = mysql.insert(table)
-        newer = mine.inserted.position > held.position
-        new = {**mine.inserted, **now}
-        return mine.on_duplicate_key_update([(name, sa.func.if_(newer, new[name], held[name])) for name in _STATE])
-    insert: Any = sqlite.insert if database == "sqlite" else postgresql.insert
-    other: postgresql.Insert = insert(table)
-    new = {**{name: other.excluded[name] for name in _STATE}, **now}
-    newer = other.excluded.position > held.position
-    upsert = other.on_conflict_do_update(index_elements=_KEY, set_=new, where=newer)
-    return upsert.returning(*table.primary_key)
-
-
 def _outcome(event: SyncEvent, held: int | None) -> Outcome:
     if held is None or held < (event.position or 0):
         return Retry("not_stored", "the database took the row and does not hold it")
     return Applied() if held == event.position else Stale()
-
-
-def _digests(rows: _Rows) -> list[ResourceDigest]:
-    return [ResourceDigest(row[0], row[1], content_digest(row[2])) for row in rows]
-
-
-def _code(error: BaseException) -> str:
-    """Return the SQLSTATE, the driver's number or a word; never a text, as those quote values."""
-    if isinstance(error, (TimeoutError, PoolTimeout)):
-        return "timeout"
-    if isinstance(error, OSError):
-        return "refused" if isinstance(error, ConnectionRefusedError) else "unreachable"
-    cause = error.orig if isinstance(error, DBAPIError) else error
-    for name in ("sqlstate", "sqlite_errorname"):
-        code = getattr(cause, name, None)
-        if isinstance(code, str) and code != "HY000":
-            return code
-    number = next(iter(getattr(cause, "args", ())), None)
-    return str(number) if isinstance(number, int) else type(cause).__name__

@@ -14,10 +14,11 @@ from collections.abc import AsyncIterator, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Protocol
 
-from outbox.content import content_digest, encode_content
+from outbox.content import encode_content
 from outbox.errors import InvalidEvent, ResourceBusy, ResourceRefused, SettingsError, Unavailable
 from outbox.event import StoredResource, SyncEvent
 from outbox.secondaries.base import Applied, Outcome, Rejected, ResourceDigest, Retry, Stale
+from outbox.secondaries.reading import digest_of
 
 __all__ = ["ResourceStorage", "ResourceStorageSecondary"]
 
@@ -135,10 +136,21 @@ class ResourceStorageSecondary:
                 yield seen
             last = page[-1].resource_id
 
+    async def find(self, tenant_id: str, resource_type: str, resource_ids: Sequence[str]) -> Sequence[ResourceDigest]:
+        """Return those of the resources that are live, each by a read of its own, several at a time.
+
+        Raises `Unavailable` when one of the reads fails.
+        """
+        found: list[ResourceDigest] = []
+        rest = deque(dict.fromkeys(resource_ids))
+        hands = range(min(self._concurrency, len(rest)))
+        if hands:
+            await _finish([asyncio.create_task(self._look(tenant_id, resource_type, rest, found)) for _ in hands])
+        return found
+
     async def content_of(self, resource_type: str, resource_id: str, *, tenant_id: str = "default") -> str | None:
         """Return the JSON text held for a resource; None when it is absent or deleted. Raises `Unavailable`."""
-        with _reading():
-            found = await self._storage.read(tenant_id, resource_type, resource_id)
+        found = await self._read(tenant_id, resource_type, resource_id)
         return None if found is None or not _lives(found) else _text(found)
 
     async def check(self) -> None:
@@ -183,6 +195,19 @@ class ResourceStorageSecondary:
         return await self._storage.create_or_update(
             *event.key, event.content, event.position, version=event.version, fhir_version=event.fhir_version
         )
+
+    async def _look(self, tenant_id: str, resource_type: str, rest: deque[str], found: list[ResourceDigest]) -> None:
+        try:
+            while rest:
+                resource = await self._read(tenant_id, resource_type, rest.popleft())
+                found += [] if resource is None else await asyncio.to_thread(_digests, [resource])
+        finally:
+            # Once one has failed, nobody begins another.
+            rest.clear()
+
+    async def _read(self, tenant_id: str, resource_type: str, resource_id: str) -> StoredResource | None:
+        with _reading():
+            return await self._storage.read(tenant_id, resource_type, resource_id)
 
     async def _page(self, tenant_id: str, resource_type: str, after: str) -> Sequence[StoredResource]:
         with _reading():
@@ -240,7 +265,6 @@ def _digests(page: Sequence[StoredResource]) -> list[ResourceDigest]:
 
 def _digest(resource: StoredResource) -> str:
     try:
-        return content_digest(_text(resource))
-    except (ValueError, InvalidEvent):
-        # What another hand made of it is no JSON: it equals nothing, and reconcile repairs it.
+        return digest_of(_text(resource))
+    except InvalidEvent:
         return ""

@@ -3,42 +3,34 @@
 A batch is one script in one round trip, so nobody ever sees half of an event. A delete leaves a hash with a position
 and without content, which expires: `tombstones_for` must outlast the longest time that an event can be under way.
 
-Keys are `prefix:tenant:type:id` and `prefix:tenant:type`, with `%` and `:` escaped inside the parts. A cluster spreads
-them over slots, where no script reaches them all, unless the prefix is a hash tag such as `{outbox}`. The server must
-not evict (`maxmemory-policy noeviction`); what it evicts, or loses in a restart, the next reconcile finds missing.
+Keys are `prefix:tenant:type:id` and `prefix:tenant:type`, with `%` and `:` escaped inside the parts, and
+`prefix:%highest`, where the script keeps the highest position it has written. A cluster spreads them over slots, where
+no script reaches them all, unless the prefix is a hash tag such as `{outbox}`. The server must not evict
+(`maxmemory-policy noeviction`); what it evicts, or loses in a restart, the next reconcile finds missing.
 """
 
 from __future__ import annotations
 
 import asyncio
-import hashlib
 import re
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from datetime import timedelta
 from typing import Any
+from urllib.parse import unquote
 
 from redis.asyncio import Redis
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 from redis.client import NEVER_DECODE
-from redis.exceptions import (
-    AuthenticationError,
-    BusyLoadingError,
-    MasterDownError,
-    NoPermissionError,
-    NoScriptError,
-    OutOfMemoryError,
-    ReadOnlyError,
-    RedisError,
-    ResponseError,
-)
-from redis.exceptions import TimeoutError as RedisTimeout
+from redis.exceptions import NoScriptError, RedisError
 
-from outbox.content import content_digest
 from outbox.errors import SettingsError, Unavailable
 from outbox.event import SyncEvent
 from outbox.secondaries.base import Applied, Outcome, ResourceDigest, Stale
+from outbox.secondaries.reading import digest_of
+from outbox.secondaries.valkey_failure import code_of
+from outbox.secondaries.valkey_script import APPLY, APPLY_SHA, HIGHEST, RAISE, values_of
 
 __all__ = ["ValkeySecondary"]
 
@@ -47,46 +39,9 @@ _PAGE = 200
 # A script holds up every other client of the server; this much takes a few milliseconds.
 _BYTES_AT_ONCE = 4 * 1024 * 1024
 _EVENTS_AT_ONCE = 1_000
+_KEYS_AT_ONCE = 1_000
 # Answers stay bytes, whatever the client was told to do with them.
 _BYTES: dict[str, Any] = {NEVER_DECODE: True}
-
-# Lua's numbers are doubles, so positions are compared as text: the longer is the higher. A full server stops a script
-# before it has written anything or not at all; were it stopped later, every event up to there still stands whole.
-_APPLY = b"""
-local function keep(resource, field, value)
-  if value == '' then redis.call('HDEL', resource, field) else redis.call('HSET', resource, field, value) end
-end
-local outcomes = {}
-for n = 1, #KEYS / 2 do
-  local resource, index = KEYS[2 * n - 1], KEYS[2 * n]
-  local id, position, content, version, fhir_version = unpack(ARGV, 5 * n - 3, 5 * n + 1)
-  local held = redis.call('HGET', resource, 'position')
-  if held and (#held > #position or (#held == #position and held >= position)) then
-    outcomes[n] = 0
-  else
-    if content == '' then redis.call('ZREM', index, id) else redis.call('ZADD', index, 0, id) end
-    keep(resource, 'content', content)
-    keep(resource, 'version', version)
-    keep(resource, 'fhir_version', fhir_version)
-    redis.call('HSET', resource, 'position', position)
-    if content == '' then redis.call('PEXPIRE', resource, ARGV[1]) else redis.call('PERSIST', resource) end
-    outcomes[n] = 1
-  end
-end
-return outcomes
-"""
-_APPLY_SHA = hashlib.sha1(_APPLY, usedforsecurity=False).hexdigest()
-
-_CODES: dict[type[Exception], str] = {
-    TimeoutError: "timeout",
-    RedisTimeout: "timeout",
-    BusyLoadingError: "LOADING",
-    MasterDownError: "MASTERDOWN",
-    ReadOnlyError: "READONLY",
-    OutOfMemoryError: "OOM",
-    AuthenticationError: "NOAUTH",
-    NoPermissionError: "NOPERM",
-}
 
 
 class ValkeySecondary:
@@ -112,6 +67,8 @@ class ValkeySecondary:
             raise SettingsError("tombstones_for", "must be a second or more")
         self.backend_id = backend_id
         self._prefix = prefix
+        # No part of another key holds a `%` that is not an escape.
+        self._highest = f"{prefix}:%highest".encode()
         self._owned = not isinstance(client_or_url, Redis)
         self._client = client_or_url if isinstance(client_or_url, Redis) else _connect(client_or_url)
         # It has no annotations of its own.
@@ -132,11 +89,39 @@ class ValkeySecondary:
         index = self._key(tenant_id, resource_type)
         lowest = b"-" if after is None else b"(" + after.encode()
         while ids := await self._ids(index, lowest):
-            fields = await self._fields([self._key(tenant_id, resource_type, found) for found in ids])
-            # Digests of large contents take long enough to keep the loop from its heartbeats.
-            for seen in await asyncio.to_thread(_digests, ids, fields):
+            for seen in await self._digests(tenant_id, resource_type, ids):
                 yield seen
             lowest = b"(" + ids[-1].encode()
+
+    async def find(self, tenant_id: str, resource_type: str, resource_ids: Sequence[str]) -> Sequence[ResourceDigest]:
+        """Return those of the resources that are live and in the index, with two round trips for every 200 of them."""
+        names = list(dict.fromkeys(resource_ids))
+        found: list[ResourceDigest] = []
+        for start in range(0, len(names), _PAGE):
+            ids = await self._listed(self._key(tenant_id, resource_type), names[start : start + _PAGE])
+            found += await self._digests(tenant_id, resource_type, ids)
+        return found
+
+    async def scopes(self) -> Sequence[tuple[str, str]]:
+        """Return every (tenant_id, resource_type) with an index, which a scope has as long as something in it is live.
+
+        Walks past all keys of the database, a thousand in a round trip, and is sent the indices only: what another hand
+        put here is found too. Takes a server of version 6 or newer.
+        """
+        found: dict[tuple[str, str], None] = {}
+        async for keys in self._walk("zset"):
+            found.update((scope, None) for key in keys if (scope := self._scope(key)) is not None)
+        return list(found)
+
+    async def highest_position(self) -> int:
+        """Return the highest position ever held, deletes included; 0 when nothing was.
+
+        The first time it walks past all keys of the database, for what was written before it was kept. Takes a server
+        of version 6 or newer.
+        """
+        async with self._working():
+            position, walked = await self._execute("HMGET", self._highest, "position", "walked", **_BYTES)
+        return int(position or 0) if walked else await self._walk_to_the_highest()
 
     async def content_of(self, resource_type: str, resource_id: str, *, tenant_id: str = "default") -> str | None:
         """Return the JSON text held for a resource; None when it is absent or deleted."""
@@ -160,16 +145,17 @@ class ValkeySecondary:
             async with asyncio.timeout(self._timeout):
                 yield
         except (RedisError, OSError) as error:
-            raise Unavailable(_code(error), "the server did not do what it was asked") from None
+            raise Unavailable(code_of(error), "the server did not do what it was asked") from None
 
     async def _apply(self, events: Sequence[SyncEvent]) -> list[Outcome]:
-        keys = [key for event in events for key in (self._key(*event.key), self._key(*event.key[:2]))]
-        values = [value for event in events for value in _values(event)]
+        keys = [self._highest]
+        keys += [key for event in events for key in (self._key(*event.key), self._key(*event.key[:2]))]
+        values = [value for event in events for value in values_of(event)]
         arguments = (len(keys), *keys, self._tombstones_for, *values)
         try:
-            applied = await self._execute("EVALSHA", _APPLY_SHA, *arguments)
+            applied = await self._execute("EVALSHA", APPLY_SHA, *arguments)
         except NoScriptError:
-            applied = await self._execute("EVAL", _APPLY, *arguments)
+            applied = await self._execute("EVAL", APPLY, *arguments)
         return [Applied() if done else Stale() for done in applied]
 
     async def _ids(self, index: bytes, lowest: bytes) -> list[str]:
@@ -178,12 +164,53 @@ class ValkeySecondary:
             found = await self._execute(*command, **_BYTES)
         return [resource_id.decode() for resource_id in found]
 
+    async def _listed(self, index: bytes, ids: Sequence[str]) -> list[str]:
+        """Return those of the ids that are in the index, and so in a listing."""
+        async with self._working(), self._client.pipeline(transaction=False) as pipeline:
+            for resource_id in ids:
+                pipeline.execute_command("ZSCORE", index, resource_id.encode())
+            scores = await pipeline.execute()
+        return [resource_id for resource_id, score in zip(ids, scores, strict=True) if score is not None]
+
+    async def _digests(self, tenant_id: str, resource_type: str, ids: Sequence[str]) -> list[ResourceDigest]:
+        fields = await self._fields([self._key(tenant_id, resource_type, resource_id) for resource_id in ids])
+        # Digests of large contents take long enough to keep the loop from its heartbeats.
+        return await asyncio.to_thread(_digests, ids, fields)
+
     async def _fields(self, keys: Sequence[bytes]) -> list[tuple[bytes | None, bytes | None]]:
         """Return the position and the content of each key."""
         async with self._working(), self._client.pipeline(transaction=False) as pipeline:
             for key in keys:
                 pipeline.execute_command("HMGET", key, "position", "content", **_BYTES)
             return [(position, content) for position, content in await pipeline.execute()]
+
+    async def _walk(self, kind: str) -> AsyncIterator[Sequence[bytes]]:
+        """Yield our keys of one type; what is there from begin to end comes at least once."""
+        cursor = 0
+        while True:
+            page = ("MATCH", f"{self._prefix}:*", "COUNT", _KEYS_AT_ONCE, "TYPE", kind)
+            async with self._working():
+                cursor, keys = await self._execute("SCAN", cursor, *page, **_BYTES)
+            yield keys
+            if not cursor:
+                return
+
+    async def _walk_to_the_highest(self) -> int:
+        highest = 0
+        async for keys in self._walk("hash"):
+            async with self._working():
+                found = await self._execute("EVAL", HIGHEST, len(keys), *keys, **_BYTES)
+            highest = max(highest, int(found))
+        # Who may only read walks each time.
+        with suppress(Unavailable):
+            async with self._working():
+                highest = int(await self._execute("EVAL", RAISE, 1, self._highest, highest, **_BYTES) or 0)
+        return highest
+
+    def _scope(self, key: bytes) -> tuple[str, str] | None:
+        """Return the tenant and type of an index; None when the key is not of its form."""
+        parts = [unquote(part, errors="replace") for part in key.decode(errors="replace").split(":")[1:]]
+        return (parts[0], parts[1]) if len(parts) == 2 and self._key(*parts) == key else None
 
     def _key(self, *parts: str) -> bytes:
         escaped = (part.replace("%", "%25").replace(":", "%3A") for part in parts)
@@ -210,33 +237,10 @@ def _parts(batch: Sequence[SyncEvent]) -> Iterator[list[SyncEvent]]:
         yield part
 
 
-def _values(event: SyncEvent) -> Iterator[bytes]:
-    assert event.position is not None, "only a recorded event has a position to compare"
-    yield event.resource_id.encode()
-    yield str(event.position).encode()
-    # Empty stands for absent: none of the three can be empty text.
-    for value in (event.content, event.version, event.fhir_version):
-        yield (value or "").encode()
-
-
 def _digests(ids: Sequence[str], fields: Sequence[tuple[bytes | None, bytes | None]]) -> list[ResourceDigest]:
     """Leave out what was deleted since the ids were read."""
     return [
-        ResourceDigest(resource_id, int(position), content_digest(content.decode()))
+        ResourceDigest(resource_id, int(position), digest_of(content))
         for resource_id, (position, content) in zip(ids, fields, strict=True)
         if position is not None and content is not None
     ]
-
-
-def _code(error: Exception) -> str:
-    """Return a word for what went wrong; of a server's answer only its code, as its text may quote keys."""
-    for kind, word in _CODES.items():
-        if isinstance(error, kind):
-            return word
-    if isinstance(error, ResponseError):
-        code = str(error).partition(" ")[0]
-        return code if code.isascii() and code.isupper() else "ERR"
-    cause: BaseException | None = error
-    while cause is not None and not isinstance(cause, ConnectionRefusedError):
-        cause = cause.__cause__ or cause.__context__
-    return "disconnected" if cause is None else "refused"

@@ -19,13 +19,14 @@ from hypothesis import strategies as st
 from outbox.content import content_digest
 from outbox.errors import SettingsError, Unavailable
 from outbox.event import SyncEvent
-from outbox.secondaries.base import Applied, Rejected, Stale
+from outbox.secondaries.base import Applied, Rejected, ResourceDigest, Stale
 from outbox.secondaries.opensearch import ElasticsearchSecondary, OpenSearchSecondary
 from outbox.secondaries.opensearch_documents import alias_name, document_id, index_name
 from outbox.testing.child import ServerMissing
-from outbox.testing.contract import CONTENTS, SecondaryContract, at, held, remove, seen, write
+from outbox.testing.contract import SecondaryContract
 from outbox.testing.fhir import load
 from outbox.testing.servers import OpenSearchServer
+from outbox.testing.states import CONTENTS, at, held, remove, seen, write
 
 ELASTICSEARCH = os.environ.get("OUTBOX_TEST_ELASTICSEARCH_URL")
 PATIENT = ("acme", "Patient")
@@ -259,8 +260,19 @@ async def test_numbers_dates_and_shapes_that_dynamic_mappings_stumble_over(searc
     assert [hit["_source"]["resource_id"] for hit in answer["hits"]["hits"]] == ["p2"]
 
 
+async def shown(search: OpenSearchSecondary) -> list[ResourceDigest]:
+    """Return what a scan of patients shows, which must be what `find` says of them, all at once and one by one."""
+    listed = await seen(search)
+    names = [*(f"p{n}" for n in range(1, 6)), "zero", *(f"o{n:04d}" for n in range(600))]
+    found = await search.find(*PATIENT, names)
+    assert sorted(found, key=lambda digest: digest.resource_id) == listed
+    for name in names[:6]:
+        assert await search.find(*PATIENT, [name]) == [digest for digest in listed if digest.resource_id == name]
+    return listed
+
+
 class TestAltered:
-    """What another hand did to documents is found by a scan that verifies, with nothing else disturbed."""
+    """What another hand did to documents is found by a scan that verifies, and by find, with nothing else disturbed."""
 
     @pytest.fixture
     async def batch(self, search: OpenSearchSecondary) -> list[SyncEvent]:
@@ -271,7 +283,7 @@ class TestAltered:
     async def test_altered_content(self, search: OpenSearchSecondary, batch: list[SyncEvent], direct: Direct):
         change = {"doc": {"content": {"price": 3.51}}}
         await direct.ask("POST", f"/{search.search_name('Patient')}/_update/acme:p3", change)
-        found = await seen(search)
+        found = await shown(search)
         assert [d.resource_id for d in found] == ["p1", "p2", "p3", "p4", "p5"]
         assert found[:2] + found[3:] == held(batch[:2] + batch[3:])
         assert found[2].digest == content_digest('{"price":3.51,"tag":"x"}')
@@ -284,7 +296,7 @@ class TestAltered:
         trusting = OpenSearchSecondary("search", opensearch_url, prefix=prefix, verify_content=False)
         change = {"doc": {"content": {"price": 3.51}}}
         await direct.ask("POST", f"/{search.search_name('Patient')}/_update/acme:p3", change)
-        assert await seen(trusting) == held(batch)
+        assert await shown(trusting) == held(batch)
         await trusting.aclose()
 
     @pytest.mark.parametrize(
@@ -310,7 +322,7 @@ class TestAltered:
         _, answer = await direct.ask("GET", f"/{alias}/_doc/acme:p3")
         whole = {**answer["_source"], **document}
         status, _ = await direct.ask("PUT", f"/{alias}/_doc/acme:p3", whole)
-        found = {digest.resource_id: digest for digest in await seen(search)}
+        found = {digest.resource_id: digest for digest in await shown(search)}
         assert status == 200
         assert found.pop("p3", None) not in held(batch)
         assert list(found.values()) == held(batch[:2] + batch[3:])
@@ -323,9 +335,9 @@ class TestAltered:
         _, answer = await direct.ask("GET", f"/{alias}/_doc/acme:p3")
         del answer["_source"][name]
         await direct.ask("PUT", f"/{alias}/_doc/acme:p3", answer["_source"])
-        assert await seen(search) == held(batch[:2] + batch[3:])
+        assert await shown(search) == held(batch[:2] + batch[3:])
         assert await search.apply([write("p3", 50)]) == [Applied()]
-        assert await seen(search) == held([*batch[:2], write("p3", 50), *batch[3:]])
+        assert await shown(search) == held([*batch[:2], write("p3", 50), *batch[3:]])
 
     async def test_a_deleted_flag_hides_and_shows(
         self, search: OpenSearchSecondary, batch: list[SyncEvent], direct: Direct
@@ -334,7 +346,7 @@ class TestAltered:
         await search.apply([remove("p1", 9)])
         await direct.ask("POST", f"/{alias}/_update/acme:p1", {"doc": {"deleted": False}})
         await direct.ask("POST", f"/{alias}/_update/acme:p2", {"doc": {"deleted": True}})
-        found = await seen(search)
+        found = await shown(search)
         assert [digest.resource_id for digest in found] == ["p1", "p3", "p4", "p5"]
         assert found[0].digest != held(batch)[0].digest
 
@@ -348,11 +360,42 @@ class TestAltered:
         alias = search.search_name("Patient")
         _, answer = await direct.ask("GET", f"/{alias}/_doc/acme:p3")
         await direct.ask("PUT", f"/{alias}/_doc/another", answer["_source"])
-        found = await seen(search)
+        found = await shown(search)
         assert len(found) == crowd + 6
         right = held([*others, *batch, write("zero", 9)])
         odd = [digest for digest in found if digest not in right]
         assert [digest.resource_id for digest in odd] == ["p3"]
+
+
+async def test_scopes_are_where_a_listing_would_look(search: OpenSearchSecondary, opensearch_url: str, direct: Direct):
+    """R5: a wrong tenant that another hand wrote is found; what is in the wrong index is in no listing."""
+    await search.apply([write("p", 1), remove("q", 2, ("gone", "Patient"))])
+    prefix = search.search_name("Patient").partition("-")[0]
+    longer = OpenSearchSecondary("longer", opensearch_url, prefix=f"{prefix}-patient")
+    await longer.apply([write("p", 2**62, place=("other", "Patient"))])
+    alias = search.search_name("Patient")
+    _, answer = await direct.ask("GET", f"/{alias}/_doc/acme:p")
+    for changed in ({"tenant_id": "wrong"}, {"resource_type": "Organization"}, {"resource_id": None}):
+        document = {**answer["_source"], "tenant_id": "elsewhere", **changed}
+        await direct.ask("PUT", f"/{alias}/_doc/{next(iter(changed))}", document)
+    assert sorted(await search.scopes()) == [("acme", "Patient"), ("wrong", "Patient")]
+    assert (await search.highest_position(), await longer.highest_position()) == (2, 2**62)
+    assert await longer.scopes() == [("other", "Patient")]
+    await longer.aclose()
+
+
+async def test_scopes_come_in_pages(search: OpenSearchSecondary):
+    places = [(f"t{number:04d}", "Patient") for number in range(2_001)]
+    for start in range(0, len(places), 500):
+        await search.apply([write("p", 1, place=place) for place in places[start : start + 500]])
+    assert sorted(await search.scopes()) == places
+
+
+async def test_the_highest_position_is_that_of_a_tombstone_too(search: OpenSearchSecondary, direct: Direct):
+    """C4: a secondary can be ahead by a delete; a position that is no number is none."""
+    await search.apply([write("p", 2**62 + 1), remove("q", 2**63 - 2), write("q", 9, place=("acme", "Note"))])
+    await direct.ask("PUT", f"/{search.search_name('Note')}/_doc/odd", {"position": "many", "deleted": False})
+    assert await search.highest_position() == 2**63 - 2
 
 
 async def test_pages_end_anywhere(search: OpenSearchSecondary):

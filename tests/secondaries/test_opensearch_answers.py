@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import asynccontextmanager
 from datetime import UTC, datetime, timedelta
 from email.utils import format_datetime
@@ -18,10 +18,10 @@ from opensearchpy import AsyncOpenSearch
 
 from outbox.errors import Unavailable
 from outbox.event import SyncEvent
-from outbox.secondaries.base import Applied, Outcome, Rejected, Retry, Stale
+from outbox.secondaries.base import Applied, Outcome, Rejected, ResourceDigest, Retry, Stale
 from outbox.secondaries.opensearch import ElasticsearchSecondary, OpenSearchSecondary
 from outbox.secondaries.opensearch_answer import retry_after_of
-from outbox.testing.contract import remove, write
+from outbox.testing.states import remove, write
 
 Search = OpenSearchSecondary | ElasticsearchSecondary
 Items = list[dict[str, Any]]
@@ -60,6 +60,9 @@ class SearchServer:
 
     async def on_search(self, request: web.Request) -> web.StreamResponse:
         return self.search()
+
+    async def on_aliases(self, request: web.Request) -> web.StreamResponse:
+        return web.json_response({"all.outbox-patient": {"aliases": {"outbox-patient": {}}}})
 
     async def on_elsewhere(self, request: web.Request) -> web.StreamResponse:
         self.elsewhere += 1
@@ -107,6 +110,7 @@ async def running(server: SearchServer) -> AsyncIterator[SearchServer]:
     app = web.Application(client_max_size=2**26)
     app.router.add_post("/_bulk", server.on_bulk)
     app.router.add_post("/{name}/_search", server.on_search)
+    app.router.add_get("/_alias/{name}", server.on_aliases)
     app.router.add_route("*", "/elsewhere", server.on_elsewhere)
     app.router.add_route("*", "/{rest:.*}", server.on_other)
     runner = web.AppRunner(app, shutdown_timeout=1)
@@ -485,16 +489,28 @@ async def test_what_is_known_is_kept_when_a_later_body_fails(kind: type[Search],
 async def test_a_listing_that_may_be_short_is_no_listing(search: Search, server: SearchServer, body: dict[str, Any]):
     assert [found async for found in search.scan("acme", "Patient")] == []
     server.search = lambda: web.json_response(body)
-    with pytest.raises(Unavailable):
-        [found async for found in search.scan("acme", "Patient")]
+    for ask in questions(search):
+        with pytest.raises(Unavailable):
+            await ask
+
+
+def questions(search: Search) -> Iterator[Awaitable[Any]]:
+    async def listing() -> list[ResourceDigest]:
+        return [found async for found in search.scan("acme", "Patient")]
+
+    yield listing()
+    yield search.find("acme", "Patient", ["p"])
+    yield search.scopes()
+    yield search.highest_position()
 
 
 @pytest.mark.parametrize("status", [404, 500, 503])
 async def test_an_index_that_goes_away_in_the_middle_ends_no_listing(search: Search, server: SearchServer, status: int):
     error = {"error": {"type": "index_not_found_exception"}, "status": status}
     server.search = lambda: web.json_response(error, status=status)
-    with pytest.raises(Unavailable):
-        [found async for found in search.scan("acme", "Patient")]
+    for ask in questions(search):
+        with pytest.raises(Unavailable):
+            await ask
 
 
 async def test_credentials_of_a_client_reach_the_server(server: SearchServer):

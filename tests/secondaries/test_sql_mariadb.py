@@ -12,12 +12,14 @@ import pytest
 from sqlalchemy import text
 from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
 
+from outbox.content import fingerprint
 from outbox.errors import Unavailable
-from outbox.secondaries.base import Applied, Rejected, Retry, Stale
+from outbox.secondaries.base import Applied, Rejected, ResourceDigest, Retry, Stale, Summary
 from outbox.secondaries.sql import SqlSecondary
 from outbox.testing.child import ServerMissing
-from outbox.testing.contract import CONTENTS, IDS, SecondaryContract, held, seen, write
+from outbox.testing.contract import SecondaryContract
 from outbox.testing.servers import MariaDBServer
+from outbox.testing.states import CONTENTS, IDS, held, seen, write
 
 
 class TestMariaDB(SecondaryContract):
@@ -75,6 +77,8 @@ async def test_the_character_set_of_the_database_does_not_matter(engine: AsyncEn
     batch = [write(name, position, CONTENTS["unicode"]) for position, name in enumerate(IDS, 1)]
     assert list(await copy.apply(batch)) == [Applied()] * len(IDS)
     assert await seen(copy) == held(batch)
+    total = sum(fingerprint(name, CONTENTS["unicode"]) for name in IDS)
+    assert await copy.summarise("acme", "Patient", None, None) == Summary(len(IDS), total)
     await copy.aclose()
     await _run(engine, "drop database narrow")
 
@@ -154,6 +158,24 @@ async def test_a_missing_database_is_told_by_its_code(mariadb_url: str):
     await copy.aclose()
 
 
+async def test_a_summary_is_of_utf8_bytes_however_the_content_is_kept(copy: SqlSecondary, engine: AsyncEngine):
+    """R6: another hand may convert the column; the sum stays what it was."""
+    await copy.apply([write("é", 1, CONTENTS["unicode"])])
+    before = await copy.summarise("acme", "Patient", None, None)
+    await _run(engine, f"alter table {copy._table.name} modify content longtext character set utf16")
+    assert await copy.summarise("acme", "Patient", None, None) == before
+    assert before == Summary(1, fingerprint("é", CONTENTS["unicode"]))
+
+
+async def test_content_that_is_no_json_equals_nothing_and_spoils_no_listing(copy: SqlSecondary, engine: AsyncEngine):
+    """R5: another hand's damage shows where it is, by scan and by find."""
+    await copy.apply(batch := [write("a", 1), write("b", 2), write("c", 3)])
+    await _run(engine, f"update {copy._table.name} set content = concat(content, 'x') where resource_id = 'b'")
+    damaged = ResourceDigest("b", 2, "")
+    assert await seen(copy) == [held(batch)[0], damaged, held(batch)[2]]
+    assert await copy.find("acme", "Patient", ["b"]) == [damaged]
+
+
 @pytest.fixture(scope="module")
 def server() -> Iterator[MariaDBServer]:
     server = MariaDBServer()
@@ -186,3 +208,21 @@ async def test_a_server_that_was_down_is_used_again(server: MariaDBServer, given
     assert await seen(copy) == held([write("p", 2)])
     await copy.aclose()
     await engine.dispose()
+
+
+async def test_a_content_that_cannot_be_hashed_is_never_left_out_of_a_sum(server: MariaDBServer):
+    """A text above `max_allowed_packet` has no hash, only a warning."""
+    engine = create_async_engine(server.url)
+    copy = SqlSecondary("copy", server.url, "packets")
+    await copy.apply([write("p", 1, '{"text":"' + "x" * 500_000 + '"}'), write("q", 2)])
+    await copy.aclose()
+    before = await _run(engine, "select @@global.max_allowed_packet")
+    await _run(engine, "set global max_allowed_packet = 65536")
+    try:
+        with pytest.raises(Unavailable, match="unreadable_content"):
+            await copy.summarise("acme", "Patient", None, None)
+        assert (await copy.summarise("acme", "Patient", "p", None)).count == 1
+    finally:
+        await _run(engine, f"set global max_allowed_packet = {before}")
+        await copy.aclose()
+        await engine.dispose()

@@ -7,16 +7,21 @@ from collections.abc import AsyncIterator, Iterator
 from contextlib import AsyncExitStack
 from datetime import timedelta
 from typing import Any
+from uuid import uuid4
 
+import psycopg
 import pytest
 from sqlalchemy import text
+from sqlalchemy.event import listen
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
 
+from outbox.content import fingerprint
 from outbox.errors import SettingsError, Unavailable
-from outbox.secondaries.base import Applied, Rejected, Retry, Stale
+from outbox.secondaries.base import Applied, Rejected, ResourceDigest, Retry, Stale, Summary
 from outbox.secondaries.sql import SqlSecondary
-from outbox.testing.contract import CONTENTS, SecondaryContract, held, remove, seen, write
-from outbox.testing.postgres import EmbeddedPostgres
+from outbox.testing.contract import SecondaryContract
+from outbox.testing.postgres import EmbeddedPostgres, PostgresServer
+from outbox.testing.states import CONTENTS, held, remove, seen, write
 
 TABLE = "outbox_resources"
 
@@ -227,3 +232,86 @@ async def test_a_server_that_was_down_is_used_again(server: EmbeddedPostgres, gi
     assert await seen(copy) == held([write("p", 2)])
     await copy.aclose()
     await engine.dispose()
+
+
+async def test_content_that_is_no_json_equals_nothing_and_spoils_no_listing(copy: SqlSecondary, engine: AsyncEngine):
+    """R5: another hand's damage shows where it is, by scan and by find."""
+    await copy.apply(batch := [write("a", 1), write("b", 2), write("c", 3)])
+    await _run(engine, f"update {TABLE} set content = content || 'x' where resource_id = 'b'")
+    damaged = ResourceDigest("b", 2, "")
+    assert await seen(copy) == [held(batch)[0], damaged, held(batch)[2]]
+    assert await copy.find("acme", "Patient", ["b"]) == [damaged]
+
+
+async def test_a_summary_is_made_of_what_is_there_now(copy: SqlSecondary, engine: AsyncEngine):
+    """R5: an altered content of an unaltered position changes the sum, back again it does not."""
+    await copy.apply([write(f"p{number}", number) for number in range(1, 10)])
+    before = await copy.summarise("acme", "Patient", None, None)
+    await _run(engine, f"update {TABLE} set content = content || ' ' where resource_id = 'p7'")
+    altered = await copy.summarise("acme", "Patient", None, None)
+    assert (altered.count, altered.total != before.total) == (9, True)
+    assert await copy.summarise("acme", "Patient", "p7", None) == await copy.summarise("acme", "Patient", "p70", None)
+    await _run(engine, f"update {TABLE} set content = rtrim(content)")
+    assert await copy.summarise("acme", "Patient", None, None) == before
+
+
+async def test_a_summary_is_one_statement_that_answers_two_numbers(copy: SqlSecondary, engine: AsyncEngine):
+    """No content leaves the database."""
+    await copy.apply([write(f"p{number:04d}", number) for number in range(1, 1_001)])
+    asked: list[str] = []
+    listen(engine.sync_engine, "before_cursor_execute", lambda *call: asked.append(call[2]))
+    assert (await copy.summarise("acme", "Patient", "p0100", "p0900")).count == 800
+    [statement] = asked
+    assert statement.startswith("SELECT count(*)")
+
+
+async def test_the_highest_position_is_one_look_at_an_index(copy: SqlSecondary, engine: AsyncEngine):
+    """C4: a relay asks for it before it begins; however long the table, it can wait for that."""
+    await copy.apply([write(f"p{number:04d}", number) for number in range(1, 1_001)])
+    await _run(engine, f"analyze {TABLE}")
+    asked: list[str] = []
+    listen(engine.sync_engine, "before_cursor_execute", lambda *call: asked.append(call[2]))
+    assert await copy.highest_position() == 1_000
+    plan = str(await _run(engine, f"explain (format json) {asked[0]}"))
+    assert "Index Only Scan" in plan
+    assert "Seq Scan" not in plan
+
+
+@pytest.mark.parametrize("name", ["a" * 63, "a" * 62 + "b"])
+async def test_a_name_of_full_length_leaves_room_for_its_index(engine: AsyncEngine, name: str):
+    copies = [SqlSecondary("copy", engine, each) for each in (name, "a" * 62)]
+    for copy in copies:
+        assert list(await copy.apply([write("p", 1)])) == [Applied()]
+        assert await copy.highest_position() == 1
+
+
+async def test_a_summary_does_not_depend_on_how_the_database_encodes_text(postgres: PostgresServer):
+    """The sum is of UTF-8 bytes also where the database keeps others."""
+    name = f"narrow_{uuid4().hex[:16]}"
+    with psycopg.connect(postgres.dsn(driver="postgresql"), autocommit=True) as connection:
+        connection.execute(f"create database {name} template template0 encoding 'LATIN1' locale 'C'")
+        copy = SqlSecondary("copy", postgres.dsn(name))
+        await copy.apply([write("é", 1, '{"ä":"ÿ"}')])
+        assert await copy.summarise("acme", "Patient", None, None) == Summary(1, fingerprint("é", '{"ä":"ÿ"}'))
+        await copy.aclose()
+        connection.execute(f"drop database {name} with (force)")
+
+
+async def test_a_question_to_a_database_that_is_gone_is_unavailable(server: EmbeddedPostgres):
+    copy = SqlSecondary("copy", server.dsn(), "asked")
+    await copy.apply([write("secret", 1)])
+    server.kill()
+    try:
+        for ask in (
+            lambda: copy.find("acme", "Patient", ["secret"]),
+            copy.scopes,
+            lambda: copy.summarise("acme", "Patient", None, None),
+            copy.highest_position,
+        ):
+            with pytest.raises(Unavailable) as caught:
+                await ask()
+            assert "secret" not in str(caught.value)
+    finally:
+        server.start()
+    assert await copy.scopes() == [("acme", "Patient")]
+    await copy.aclose()

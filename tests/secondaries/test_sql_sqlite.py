@@ -16,7 +16,8 @@ from sqlalchemy.ext.asyncio import create_async_engine
 from outbox.errors import SettingsError, Unavailable
 from outbox.secondaries.base import Applied, Rejected, Stale
 from outbox.secondaries.sql import SqlSecondary
-from outbox.testing.contract import CONTENTS, SecondaryContract, held, seen, write
+from outbox.testing.contract import SecondaryContract
+from outbox.testing.states import CONTENTS, held, seen, write
 
 
 class TestSqlite(SecondaryContract):

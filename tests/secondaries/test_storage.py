@@ -20,7 +20,8 @@ from outbox.errors import OutboxError, ResourceBusy, ResourceRefused, SettingsEr
 from outbox.event import StoredResource, SyncEvent
 from outbox.secondaries.base import Applied, Outcome, Rejected, Retry, Stale
 from outbox.secondaries.storage import ResourceStorageSecondary
-from outbox.testing.contract import CONTENTS, SecondaryContract, at, held, remove, seen, write
+from outbox.testing.contract import SecondaryContract
+from outbox.testing.states import CONTENTS, at, held, remove, seen, write
 
 Fault = Callable[[], Awaitable[Any]]
 
@@ -407,3 +408,36 @@ async def test_check_says_whether_the_store_answers(notes: ResourceStorageSecond
     for asking in (notes.check, lambda: notes.content_of("Patient", "p")):
         with pytest.raises(Unavailable, match="unreachable"):
             await asking()
+
+
+async def test_find_reads_each_resource_once(notes: ResourceStorageSecondary, storage: FaultyStorage):
+    await notes.apply(named("abcdef"))
+    asked: list[str] = []
+    read = storage.read
+
+    async def noting(*key: str) -> StoredResource | None:
+        asked.append(key[2])
+        return await read(*key)
+
+    storage.read = noting
+    found = await notes.find("acme", "Patient", ["f", "a", "missing", "a"])
+    assert sorted(found, key=lambda digest: digest.resource_id) == held([*named("a"), *named("f")])
+    assert sorted(asked) == ["a", "f", "missing"]
+
+
+async def test_find_ends_with_the_first_read_that_fails(notes: ResourceStorageSecondary, storage: FaultyStorage):
+    """It never looks as if the others were absent, and nobody reads on behind the answer."""
+    await notes.apply(named("abcdefgh"))
+    asked = 0
+
+    async def failing_once() -> None:
+        nonlocal asked
+        asked += 1
+        if asked == 1:
+            raise ConnectionAbortedError
+
+    storage.faults["read"] = failing_once
+    with pytest.raises(Unavailable, match="unreachable"):
+        await notes.find("acme", "Patient", [f"p{number}" for number in range(100)])
+    assert asked <= 3
+    assert len(asyncio.all_tasks()) == 1

@@ -13,10 +13,11 @@ import pytest
 from redis.asyncio import Redis
 
 from outbox.errors import SettingsError, Unavailable
-from outbox.secondaries.base import Applied, Stale
+from outbox.secondaries.base import Applied, ResourceDigest, Stale
 from outbox.secondaries.valkey import ValkeySecondary
-from outbox.testing.contract import CONTENTS, SecondaryContract, held, remove, seen, write
+from outbox.testing.contract import SecondaryContract
 from outbox.testing.servers import ValkeyServer
+from outbox.testing.states import CONTENTS, held, remove, seen, write
 
 
 class TestValkey(SecondaryContract):
@@ -132,6 +133,78 @@ async def test_a_late_write_does_not_lengthen_a_tombstone(client: Redis, cache: 
     await brief.apply([remove("p", 2)])
     assert list(await brief.apply([write("p", 1)])) == [Stale()]
     assert 0 < await client.pttl("brief:acme:Patient:p") <= 1_000
+
+
+async def test_find_agrees_with_a_scan_about_what_the_index_lost(cache: ValkeySecondary, client: Redis):
+    """R5: a resource that no listing shows is missing, however whole its hash is."""
+    await cache.apply([write("p", 1), write("q", 2)])
+    await client.zrem("cache:acme:Patient", "p")
+    assert await cache.find("acme", "Patient", ["p", "q"]) == await seen(cache) == held([write("q", 2)])
+
+
+async def test_content_that_is_no_json_equals_nothing_and_spoils_no_listing(cache: ValkeySecondary, client: Redis):
+    """R5: another hand's damage shows where it is, by scan and by find."""
+    await cache.apply(batch := [write("a", 1), write("b", 2), write("c", 3)])
+    await client.hset("cache:acme:Patient:b", "content", b"{\xff")
+    assert await seen(cache) == [held(batch)[0], ResourceDigest("b", 2, ""), held(batch)[2]]
+    assert await cache.find("acme", "Patient", ["b"]) == [ResourceDigest("b", 2, "")]
+
+
+async def test_scopes_are_those_of_the_prefix_also_where_another_hand_wrote(cache: ValkeySecondary, client: Redis):
+    """R5: a wrong tenant is found; what is not of our form is nobody's scope."""
+    await cache.apply([write("p", 1)])
+    await ValkeySecondary("other", client, "cache-2").apply([write("p", 1, place=("other", "Patient"))])
+    await client.zadd("cache:wrong%2525:Patient", {"p": 0})
+    for odd in ("cache:alone", "cache:a:b:c", b"cache:\xff:b", "cache:%41:b", "cache:%zz:b"):
+        await client.zadd(odd, {"p": 0})
+    await client.set("cache:text:Patient", "p")
+    assert set(await cache.scopes()) == {("acme", "Patient"), ("wrong%25", "Patient")}
+
+
+async def test_scopes_and_the_first_highest_position_walk_past_every_key(cache: ValkeySecondary, client: Redis):
+    batch = [write(f"p{number}", number, place=(f"t{number % 7}", "Patient")) for number in range(1, 5_001)]
+    await cache.apply(batch)
+    assert sorted(await cache.scopes()) == [(f"t{number}", "Patient") for number in range(7)]
+    await client.delete("cache:%highest")
+    assert await cache.highest_position() == 5_000
+
+
+async def test_the_highest_position_of_what_was_written_before_it_was_kept(cache: ValkeySecondary, client: Redis):
+    """C4: a lower position that is kept since does not hide a higher one; the walk is made once."""
+    await cache.apply([write("p", 2**62 + 1), remove("q", 2**62 + 5)])
+    await client.delete("cache:%highest")
+    await cache.apply([write("r", 7)])
+    await client.config_resetstat()
+    assert await cache.highest_position() == 2**62 + 5
+    await cache.apply([write("r", 2**62 + 9)])
+    assert await cache.highest_position() == 2**62 + 9
+    assert (await client.info("commandstats"))["cmdstat_scan"]["calls"] == 1
+
+
+async def test_what_is_applied_during_the_walk_counts(cache: ValkeySecondary, client: Redis):
+    """The walk may have passed its place already."""
+    await cache.apply([write("p", 5)])
+    await client.hset("cache:%highest", "position", str(2**62 + 1))
+    assert await cache.highest_position() == 2**62 + 1
+
+
+async def test_the_highest_position_outlives_a_tombstone(cache: ValkeySecondary, client: Redis):
+    """C4: a secondary that is ahead of its primary is so after its deletes have expired too."""
+    await cache.apply([write("p", 1), remove("q", 9)])
+    assert await cache.highest_position() == 9
+    await client.delete("cache:acme:Patient:q")
+    assert await cache.highest_position() == 9
+
+
+async def test_who_may_only_read_is_told_the_highest_position(remote: ValkeySecondary, server: ValkeyServer):
+    await remote.apply([write("p", 3)])
+    async with Redis.from_url(server.url) as client:
+        await client.replicaof("127.0.0.1", "1")
+        try:
+            assert await remote.highest_position() == 3
+            assert await remote.scopes() == [("acme", "Patient")]
+        finally:
+            await client.replicaof("NO", "ONE")
 
 
 async def test_prefixes_are_apart(cache: ValkeySecondary, client: Redis):

@@ -1,0 +1,43 @@
+"""What goes wrong in a SQL secondary, as codes that are safe to store: never a text, as those quote values."""
+
+from __future__ import annotations
+
+import asyncpg
+from sqlalchemy.exc import DBAPIError
+from sqlalchemy.exc import TimeoutError as PoolTimeout
+
+__all__ = ["FAILURES", "code_of", "is_contention", "is_fault_of_a_row"]
+
+# What asyncpg raises while connecting reaches us as it is.
+FAILURES = (DBAPIError, PoolTimeout, OSError, asyncpg.PostgresError, asyncpg.InterfaceError)
+
+# What one row can be blamed for: data, integrity, view check, raised by a trigger, program limits. MySQL's numbers
+# stand where its SQLSTATE says nothing: wrong value for a field, check violated.
+_ROW_AT_FAULT = ("22", "23", "44", "45", "54", "P0", "1366", "3819", "SQLITE_CONSTRAINT", "SQLITE_TOOBIG")
+# Serialization failure, deadlock, lock not available; and MySQL's lock wait timeout.
+_CONTENDED = ("40001", "40P01", "55P03", "1205")
+
+
+def code_of(error: BaseException) -> str:
+    """Return the SQLSTATE, the driver's number or a word."""
+    if isinstance(error, (TimeoutError, PoolTimeout)):
+        return "timeout"
+    if isinstance(error, OSError):
+        return "refused" if isinstance(error, ConnectionRefusedError) else "unreachable"
+    cause = error.orig if isinstance(error, DBAPIError) else error
+    for name in ("sqlstate", "sqlite_errorname"):
+        code = getattr(cause, name, None)
+        if isinstance(code, str) and code != "HY000":
+            return code
+    number = next(iter(getattr(cause, "args", ())), None)
+    return str(number) if isinstance(number, int) else type(cause).__name__
+
+
+def is_contention(error: BaseException) -> bool:
+    """Say whether other writers were in the way, so that the same may succeed when tried again."""
+    return code_of(error).startswith(_CONTENDED)
+
+
+def is_fault_of_a_row(error: BaseException) -> bool:
+    """Say whether one row of the batch may have spoiled it for the others."""
+    return code_of(error).startswith(_ROW_AT_FAULT)

@@ -1,0 +1,84 @@
+"""The scripts of a Valkey secondary: they compare, write and count in one step, so nobody sees half of an event."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+
+from outbox.event import SyncEvent
+
+__all__ = ["APPLY", "APPLY_SHA", "HIGHEST", "RAISE", "values_of"]
+
+# Lua's numbers are doubles, so positions are compared as text: the longer is the higher.
+_ABOVE = b"""
+local function above(one, other) return #one > #other or (#one == #other and one > other) end
+"""
+
+# A full server stops a script before it has written anything or not at all, so the highest position is written last:
+# a delete, which a full server takes, must not be refused for it. Were it stopped later, every event up to there still
+# stands whole.
+APPLY = (
+    _ABOVE
+    + b"""
+local function keep(resource, field, value)
+  if value == '' then redis.call('HDEL', resource, field) else redis.call('HSET', resource, field, value) end
+end
+local outcomes = {}
+local before = redis.call('HGET', KEYS[1], 'position') or '0'
+local highest = before
+for n = 1, (#KEYS - 1) / 2 do
+  local resource, index = KEYS[2 * n], KEYS[2 * n + 1]
+  local id, position, content, version, fhir_version = unpack(ARGV, 5 * n - 3, 5 * n + 1)
+  local held = redis.call('HGET', resource, 'position')
+  if held and not above(position, held) then
+    outcomes[n] = 0
+  else
+    if content == '' then redis.call('ZREM', index, id) else redis.call('ZADD', index, 0, id) end
+    keep(resource, 'content', content)
+    keep(resource, 'version', version)
+    keep(resource, 'fhir_version', fhir_version)
+    redis.call('HSET', resource, 'position', position)
+    if content == '' then redis.call('PEXPIRE', resource, ARGV[1]) else redis.call('PERSIST', resource) end
+    if above(position, highest) then highest = position end
+    outcomes[n] = 1
+  end
+end
+if highest ~= before then redis.call('HSET', KEYS[1], 'position', highest) end
+return outcomes
+"""
+)
+APPLY_SHA = hashlib.sha1(APPLY, usedforsecurity=False).hexdigest()
+
+HIGHEST = (
+    _ABOVE
+    + b"""
+local highest = '0'
+for _, resource in ipairs(KEYS) do
+  local position = redis.call('HGET', resource, 'position')
+  if position and position:match('^%d+$') and above(position, highest) then highest = position end
+end
+return highest
+"""
+)
+
+# `walked` says that nothing was written before the highest position was kept, or that it was looked at.
+RAISE = (
+    _ABOVE
+    + b"""
+if above(ARGV[1], redis.call('HGET', KEYS[1], 'position') or '0') then
+  redis.call('HSET', KEYS[1], 'position', ARGV[1])
+end
+redis.call('HSET', KEYS[1], 'walked', 1)
+return redis.call('HGET', KEYS[1], 'position')
+"""
+)
+
+
+def values_of(event: SyncEvent) -> Iterator[bytes]:
+    """Yield what the script takes for an event."""
+    assert event.position is not None, "only a recorded event has a position to compare"
+    yield event.resource_id.encode()
+    yield str(event.position).encode()
+    # Empty stands for absent: none of the three can be empty text.
+    for value in (event.content, event.version, event.fhir_version):
+        yield (value or "").encode()
