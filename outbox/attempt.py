@@ -30,7 +30,8 @@ left join lateral (
     offset 0
 ) as hold on true"""
 
-_POSITION = -2
+_LEFT_OUT = -1
+_POSITION = -3
 _REMEMBERED = 4
 
 _OPERATIONS = {str(operation): operation for operation in Operation}
@@ -72,7 +73,7 @@ class Attempt(msgspec.Struct, frozen=True):
     """One open attempt: a batch handed to one secondary by one relay. `attempt_id` is the fence.
 
     `events` are in position order, and results are lists beside them, index by index. `held` has the keys that came
-    out of a hold.
+    out of a hold. `left_out` has the bytes, by position, of contents that are too large to be fetched all at once.
     """
 
     attempt_id: int
@@ -80,18 +81,20 @@ class Attempt(msgspec.Struct, frozen=True):
     log_order: bool
     events: list[SyncEvent]
     held: dict[tuple[str, str, str], Held] = {}
+    left_out: dict[int, int] = {}
 
     @classmethod
     def of_rows(cls, attempt_id: int, backend_id: str, *, log_order: bool, rows: Sequence[Sequence[Any]]) -> Self:
-        """Build from rows of an event's columns, in the order of `SyncEvent`'s fields."""
+        """Build from rows of an event's columns, in the order of `SyncEvent`'s fields, and what was left out."""
         events = [_event(row) for row in rows]
         # Sorted here, because sorting wide rows in the database costs more.
         events.sort(key=attrgetter("position"))
-        return cls(attempt_id, backend_id, log_order, events)
+        left_out = {row[_POSITION]: size for row in rows if (size := row[_LEFT_OUT]) is not None}
+        return cls(attempt_id, backend_id, log_order, events, {}, left_out)
 
     @classmethod
     def of_held(cls, attempt_id: int, backend_id: str, *, log_order: bool, rows: Sequence[Sequence[Any]]) -> Self:
-        """Build from rows of what a hold remembers (null for no hold) and an event's columns."""
+        """Build from rows of what a hold remembers (null for no hold), an event's columns and what was left out."""
         # An event that somebody deleted by hand leaves nothing to deliver, but its attempt must be closed.
         found = [row[_REMEMBERED:] for row in rows if row[_POSITION] is not None]
         held = {tuple(row[4:7]): Held(*row[:4]) for row in rows if row[0] is not None}
@@ -107,7 +110,7 @@ class Attempt(msgspec.Struct, frozen=True):
 
 
 def _event(row: Sequence[Any]) -> SyncEvent:
-    tenant, kind, name, operation, content, version, fhir_version, bulk_id, headers, position, at = row
+    tenant, kind, name, operation, content, version, fhir_version, bulk_id, headers, position, at, _ = row
     # A word of a newer version stays as it is: dispatch refuses it, so that it is failing and visible.
     known = _OPERATIONS.get(operation, operation)
     return SyncEvent(tenant, kind, name, known, content, version, fhir_version, bulk_id, headers, position, at)

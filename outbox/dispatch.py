@@ -1,21 +1,27 @@
-"""Dispatch: hand a batch to its secondary, outside any transaction, and turn whatever happens into results."""
+"""Dispatch: hand a batch to its secondary, outside any transaction, and turn whatever happens into results.
+
+A batch with contents too large to be in memory at once goes in parts; see `parts.py`.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Awaitable, Iterator, Sequence
 from datetime import timedelta
+from functools import partial
+from typing import TypeVar
 
 import msgspec
 
 from outbox.attempt import Attempt, Released, Result, Superseded
 from outbox.errors import Unavailable
 from outbox.event import Operation, SyncEvent
-from outbox.secondaries.base import Applied, Checkable, Outcome, Rejected, Retry, Secondary, Stale
+from outbox.parts import Budget, Events, Parts
+from outbox.secondaries.base import Applied, Checkable, Outcome, Positioned, Rejected, Retry, Secondary, Stale
 from outbox.tracing import traced
 
-__all__ = ["Dispatched", "dispatch"]
+__all__ = ["Dispatched", "answers", "dispatch", "highest_of"]
 
 _log = logging.getLogger("outbox.dispatch")
 
@@ -27,6 +33,8 @@ _UNKNOWN_OPERATION = Retry("unknown_operation", "this relay does not know the ev
 _HUNG = Retry("timeout", "no answer within the attempt's deadline though the secondary is reachable")
 _CHECK_TIMEOUT = 2.0
 
+_Answer = TypeVar("_Answer")
+
 
 class Dispatched(msgspec.Struct, frozen=True):
     """One result per event of the attempt, in its order; `unavailable` says why when the secondary was not there."""
@@ -36,24 +44,57 @@ class Dispatched(msgspec.Struct, frozen=True):
 
 
 @traced
-async def dispatch(secondary: Secondary, attempt: Attempt, deadline: timedelta) -> Dispatched:
+async def dispatch(
+    secondary: Secondary, attempt: Attempt, deadline: timedelta, budget: Budget | None = None
+) -> Dispatched:
     """Give every event of the attempt a result, within `deadline`; only cancellation is ever raised.
 
     In state order only the newest event of a key is sent. In log order events go out in waves of one per key, and
     a failure keeps the key's later events back. When the secondary is unavailable, what was not applied is released.
+    An attempt with contents left out needs a `budget`, and has the `deadline` for each of its parts.
     """
     events = attempt.events
     results: list[Result | None] = [None] * len(events)
     waves = _waves(events, results) if attempt.log_order else iter([_newest(events, results)])
+    apply = partial(_bisect, secondary, results)
     try:
-        async with asyncio.timeout(deadline.total_seconds()):
-            for wave in waves:
-                await _bisect(secondary, events, wave, results)
+        if attempt.left_out:
+            assert budget is not None, "whoever loads an attempt in parts can fetch them"
+            await Parts(attempt, results, deadline, budget).send(waves, apply)
+        else:
+            async with asyncio.timeout(deadline.total_seconds()):
+                for wave in waves:
+                    await apply(events, wave)
     except TimeoutError:
         return await _after_timeout(secondary, results)
     except Unavailable as error:
         return Dispatched(_filled(results, Released(error.code)), error)
     return Dispatched(_filled(results, Released()))
+
+
+async def highest_of(secondary: Positioned, deadline: timedelta) -> int:
+    """Return the highest position a secondary holds; raise `Unavailable` when it does not say so within `deadline`."""
+    return await _asked(secondary.highest_position(), deadline)
+
+
+async def answers(secondary: Checkable, deadline: timedelta) -> None:
+    """Return when a secondary answers; raise `Unavailable` when it does not within `deadline`."""
+    await _asked(secondary.check(), deadline)
+
+
+async def _asked(question: Awaitable[_Answer], deadline: timedelta) -> _Answer:
+    try:
+        async with asyncio.timeout(deadline.total_seconds()):
+            return await question
+    except Unavailable:
+        raise
+    except TimeoutError:
+        raise Unavailable("timeout", "no answer in time") from None
+    except BaseException as error:
+        # As with a batch: neither its text nor its traceback's values, which may quote content.
+        if _not_of_the_adapter(error):
+            raise
+        raise Unavailable("adapter_error", f"the adapter raised {type(error).__name__}") from None
 
 
 def _newest(events: list[SyncEvent], results: list[Result | None]) -> Sequence[int]:
@@ -88,9 +129,7 @@ def _known(events: list[SyncEvent], chosen: Sequence[int], results: list[Result 
     return [index for index in chosen if index not in unknown] if unknown else chosen
 
 
-async def _bisect(
-    secondary: Secondary, events: list[SyncEvent], chosen: Sequence[int], results: list[Result | None]
-) -> None:
+async def _bisect(secondary: Secondary, results: list[Result | None], events: Events, chosen: Sequence[int]) -> None:
     """Apply a batch; if the adapter fails without saying why, apply its halves: one event cannot fail others."""
     if not chosen:
         return
@@ -109,8 +148,8 @@ async def _bisect(
         if len(chosen) == 1:
             results[chosen[0]] = _unexplained(secondary, error)
             return
-        await _bisect(secondary, events, chosen[: len(chosen) // 2], results)
-        await _bisect(secondary, events, chosen[len(chosen) // 2 :], results)
+        await _bisect(secondary, results, events, chosen[: len(chosen) // 2])
+        await _bisect(secondary, results, events, chosen[len(chosen) // 2 :])
         return
     for index, outcome in zip(chosen, _trusted(outcomes, len(chosen)), strict=True):
         results[index] = outcome

@@ -5,15 +5,19 @@ from __future__ import annotations
 import asyncio
 import itertools
 import logging
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import suppress
-from typing import TYPE_CHECKING, Any, NamedTuple
+from functools import partial
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 from uuid import UUID
 
+from outbox.ahead import Ahead
 from outbox.attempt import Attempt, Released
 from outbox.breaker import ease, trip
 from outbox.dispatch import Dispatched, dispatch
-from outbox.load import load
+from outbox.errors import Unavailable
+from outbox.load import contents, load
+from outbox.parts import Budget
 from outbox.primary import PRIMARY_FAILED, Primary, code_of
 from outbox.register import Registration
 from outbox.retry import RetryPolicy
@@ -28,6 +32,7 @@ __all__ = ["Hands", "Opened"]
 
 _log = logging.getLogger("outbox.relay")
 
+_T = TypeVar("_T")
 _HANDING_BACK = 5.0
 _ANSWERED = (Applied, Stale, Retry, Rejected)
 
@@ -66,6 +71,7 @@ class Hands:
         freed: Callable[[], None],
     ) -> None:
         self.strained = False
+        self.ahead = Ahead(registration.secondary, primary, config)
         self._secondary = registration.secondary
         self._backend_id = registration.backend_id
         self._primary = primary
@@ -163,19 +169,25 @@ class Hands:
         return len(attempt.events)
 
     async def _load(self, opened: Opened) -> Attempt | None:
-        """Fetch the events, however often the primary goes away."""
         attempt_id, log_order, held = opened
+        terms = {"log_order": log_order, "held": held, "batch_bytes": self._config.batch_bytes}
+        return await self._fetch(load, attempt_id, **terms)
+
+    async def _contents(self, attempt_id: int, positions: Sequence[int]) -> Mapping[int, str]:
+        return await self._fetch(contents, attempt_id, positions=positions)
+
+    async def _fetch(self, fetch: Callable[..., Awaitable[_T]], attempt_id: int, **terms: Any) -> _T:
+        """Fetch what is in an attempt, however often the primary goes away."""
         for failures in itertools.count(1):
             try:
                 async with self._primary.connection() as connection:
-                    return await load(
+                    return await fetch(
                         connection,
                         self._config.database_schema,
                         backend_id=self._backend_id,
                         relay_id=self._relay_id,
                         attempt_id=attempt_id,
-                        log_order=log_order,
-                        held=held,
+                        **terms,
                     )
             except PRIMARY_FAILED as error:
                 code = code_of(error)
@@ -187,12 +199,19 @@ class Hands:
     async def _dispatch(self, attempt: Attempt, in_hand: _InHand) -> Dispatched:
         """Dispatch until there is a result, or until the attempt is given up: then its events are as they were."""
         if not in_hand.given_up:
-            work = dispatch(self._secondary, attempt, self._config.attempt_deadline)
-            in_hand.dispatching = asyncio.create_task(work)
+            in_hand.dispatching = asyncio.create_task(self._hand_over(attempt))
             await asyncio.wait({in_hand.dispatching})
             if not in_hand.dispatching.cancelled():
                 return in_hand.dispatching.result()
         return Dispatched(attempt.alike(Released()))
+
+    async def _hand_over(self, attempt: Attempt) -> Dispatched:
+        try:
+            await self.ahead.check()
+        except Unavailable as error:
+            return Dispatched(attempt.alike(Released(error.code)), error)
+        budget = Budget(self._config.batch_bytes, partial(self._contents, attempt.attempt_id))
+        return await dispatch(self._secondary, attempt, self._config.attempt_deadline, budget)
 
     async def _hand_back(self, opened: Opened, in_hand: _InHand) -> None:
         """Release what is still ours, once its dispatch has let go of it."""

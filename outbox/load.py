@@ -1,10 +1,12 @@
 """Load: fetch the events of an attempt that was just opened.
 
-Apart from the claim, so that the secondary's turn is over sooner and the next claim runs while contents travel.
+Apart from the claim, so that the secondary's turn is over sooner and the next claim runs while contents travel. A
+content above its share of the batch's bytes is left out, and fetched when its part of the batch is about to go.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 from uuid import UUID
 
@@ -14,20 +16,24 @@ from outbox.statement import Statement
 if TYPE_CHECKING:
     import asyncpg
 
-__all__ = ["LOAD", "LOAD_HELD", "load"]
+__all__ = ["CONTENTS", "LOAD", "LOAD_HELD", "contents", "load"]
 
-# One walk through one index, at less than half the price of a join.
+# One walk through one index, at less than half the price of a join. Shares and not a running sum: they need no order,
+# and together they cannot exceed the batch's bytes either.
 LOAD = Statement("""
-select event.tenant_id, event.resource_type, event.resource_id, event.operation,
-       cast(event.content as text) as content, event.version,
-       event.fhir_version, event.bulk_id, cast(event.headers as text) as headers, event.event_id,
-       greatest(least(event.created_at, timestamptz '9999-01-01'), timestamptz '0001-01-02') as created_at
-from {schema}.outbox as event
-where event.event_id = any (cast((
-    select attempt.event_ids from {schema}.outbox_attempt as attempt
+with mine as materialized (
+    select attempt.event_ids, cast(:batch_bytes as bigint) / cardinality(attempt.event_ids) as share
+    from {schema}.outbox_attempt as attempt
     where attempt.backend_id = :backend_id and attempt.attempt_id = :attempt_id
       and attempt.relay_id = cast(:relay_id as uuid) and attempt.finished_at is null
-) as bigint[]))
+)
+select event.tenant_id, event.resource_type, event.resource_id, event.operation,
+       case when event.content_bytes <= (select share from mine) then cast(event.content as text) end as content,
+       event.version, event.fhir_version, event.bulk_id, cast(event.headers as text) as headers, event.event_id,
+       greatest(least(event.created_at, timestamptz '9999-01-01'), timestamptz '0001-01-02') as created_at,
+       case when event.content_bytes > (select share from mine) then event.content_bytes end as left_out
+from {schema}.outbox as event
+where event.event_id = any (cast((select event_ids from mine) as bigint[]))
 """)
 
 # What holds remember of their keys too: until the attempt is settled, only they know that a key was held. An attempt
@@ -36,14 +42,28 @@ LOAD_HELD = Statement(
     """
 select hold.attempts, hold.lost, statement_timestamp() - hold.first_failed_at as failing_for, hold.oldest_id,
        event.tenant_id, event.resource_type, event.resource_id, event.operation,
-       cast(event.content as text) as content, event.version,
-       event.fhir_version, event.bulk_id, cast(event.headers as text) as headers, event.event_id,
-       greatest(least(event.created_at, timestamptz '9999-01-01'), timestamptz '0001-01-02') as created_at
+       case when event.content_bytes <= cast(:batch_bytes as bigint) / cardinality(attempt.event_ids)
+            then cast(event.content as text) end as content,
+       event.version, event.fhir_version, event.bulk_id, cast(event.headers as text) as headers, event.event_id,
+       greatest(least(event.created_at, timestamptz '9999-01-01'), timestamptz '0001-01-02') as created_at,
+       case when event.content_bytes > cast(:batch_bytes as bigint) / cardinality(attempt.event_ids)
+            then event.content_bytes end as left_out
 [owed]
 where attempt.backend_id = :backend_id and attempt.attempt_id = :attempt_id
   and attempt.relay_id = cast(:relay_id as uuid) and attempt.finished_at is null
 """.replace("[owed]", OWED)
 )
+
+# Behind the same fence: whoever lost the attempt has nothing more to send.
+CONTENTS = Statement("""
+select event.event_id, cast(event.content as text) as content
+from {schema}.outbox as event
+where event.event_id = any (cast(:event_ids as bigint[])) and exists (
+    select from {schema}.outbox_attempt as attempt
+    where attempt.backend_id = :backend_id and attempt.attempt_id = :attempt_id
+      and attempt.relay_id = cast(:relay_id as uuid) and attempt.finished_at is null
+)
+""")
 
 
 async def load(
@@ -55,14 +75,39 @@ async def load(
     attempt_id: int,
     log_order: bool,
     held: bool,
+    batch_bytes: int,
 ) -> Attempt | None:
     """Return the attempt with its events; None when it is no longer this relay's.
 
     `held` asks for what holds remember of its keys: it may be False only for an attempt that no hold was taken into.
     """
-    parameters = {"backend_id": backend_id, "relay_id": relay_id, "attempt_id": attempt_id}
+    parameters = {
+        "backend_id": backend_id,
+        "relay_id": relay_id,
+        "attempt_id": attempt_id,
+        "batch_bytes": batch_bytes,
+    }
     rows = [] if held else await connection.fetch(*LOAD.arguments(schema, parameters))
     if rows:
         return Attempt.of_rows(attempt_id, backend_id, log_order=log_order, rows=rows)
     rows = await connection.fetch(*LOAD_HELD.arguments(schema, parameters))
     return Attempt.of_held(attempt_id, backend_id, log_order=log_order, rows=rows) if rows else None
+
+
+async def contents(
+    connection: asyncpg.Connection[Any],
+    schema: str,
+    *,
+    backend_id: str,
+    relay_id: UUID,
+    attempt_id: int,
+    positions: Sequence[int],
+) -> dict[int, str]:
+    """Return contents that were left out, by position; none of them when the attempt is no longer this relay's."""
+    parameters = {
+        "backend_id": backend_id,
+        "relay_id": relay_id,
+        "attempt_id": attempt_id,
+        "event_ids": positions,
+    }
+    return dict(await connection.fetch(*CONTENTS.arguments(schema, parameters)))

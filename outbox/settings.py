@@ -67,6 +67,11 @@ class SyncConfig(BaseModel):
     batch_size: Annotated[int, Field(ge=1, le=10_000)] = 100
     """Most events handed to a secondary at once."""
 
+    batch_bytes: Annotated[int, Field(ge=1, le=2**30)] = 16 * 1_048_576
+    """Most bytes of content in memory for one batch: what does not fit is fetched and handed over in parts, each with
+    its own `attempt_deadline`; an event that is larger goes alone. A relay holds at most this times
+    `attempts_in_flight` for each of its secondaries, beside what their adapters make of it."""
+
     attempts_in_flight: Annotated[int, Field(ge=1, le=64)] = 4
     """Most batches one relay has out at one secondary at the same time."""
 
@@ -112,6 +117,13 @@ class SyncConfig(BaseModel):
 
     prune_interval: _Duration = timedelta(seconds=5)
     """How often a relay folds finished attempts into the totals and prunes."""
+
+    proof_interval: Annotated[_Duration | None, _OrOff] = timedelta(hours=1)
+    """How often a relay that knows tracked classes compares each live secondary with the primary, in the background;
+    None, in text `off`: never."""
+
+    proof_share: Annotated[float, Field(gt=0, le=1)] = 0.1
+    """The share of the time that this takes at most; for the rest it sleeps."""
 
     shutdown_grace: _Duration = timedelta(seconds=10)
     """How long a stopping relay lets work in hand finish before it hands the rest back."""

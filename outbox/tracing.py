@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Coroutine, Sequence
-from datetime import timedelta
 from functools import wraps
 from itertools import islice
-from typing import Any, Protocol, TypeVar
+from typing import Any, Concatenate, ParamSpec, Protocol, TypeVar
 
 from outbox.attempt import Attempt, Result
 from outbox.errors import Unavailable
@@ -32,7 +31,8 @@ class _Ended(Protocol):
 
 
 _E = TypeVar("_E", bound=_Ended)
-_Dispatch = Callable[[Secondary, Attempt, timedelta], Coroutine[Any, Any, _E]]
+_P = ParamSpec("_P")
+_Dispatch = Callable[Concatenate[Secondary, Attempt, _P], Coroutine[Any, Any, _E]]
 
 # Chosen once, so that who does not trace pays nothing.
 try:
@@ -44,7 +44,7 @@ except ImportError:
         """Return None: there is no OpenTelemetry, and so no current span."""
         return None
 
-    def traced(dispatch: _Dispatch[_E]) -> _Dispatch[_E]:
+    def traced(dispatch: _Dispatch[_P, _E]) -> _Dispatch[_P, _E]:
         """Return dispatch as it is: there is no OpenTelemetry to tell."""
         return dispatch
 
@@ -59,11 +59,11 @@ else:
         _w3c.inject(carrier)
         return carrier.get(TRACEPARENT)
 
-    def traced(dispatch: _Dispatch[_E]) -> _Dispatch[_E]:
+    def traced(dispatch: _Dispatch[_P, _E]) -> _Dispatch[_P, _E]:
         """Return dispatch in a span `outbox.dispatch`: the secondary, how many events, how they ended, no content."""
 
         @wraps(dispatch)
-        async def in_span(secondary: Secondary, attempt: Attempt, deadline: timedelta) -> _E:
+        async def in_span(secondary: Secondary, attempt: Attempt, /, *more: _P.args, **named: _P.kwargs) -> _E:
             with _tracer.start_as_current_span(
                 "outbox.dispatch",
                 kind=trace.SpanKind.CONSUMER,
@@ -73,7 +73,7 @@ else:
                 record_exception=False,
                 set_status_on_exception=False,
             ) as span:
-                ended = await dispatch(secondary, attempt, deadline)
+                ended = await dispatch(secondary, attempt, *more, **named)
                 _describe(span, ended)
                 return ended
 

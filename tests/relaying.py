@@ -175,7 +175,7 @@ async def load_opened(
 ) -> Attempt:
     """Load an attempt that was opened just now."""
     names: dict[str, Any] = {"backend_id": backend_id, "relay_id": relay_id, "attempt_id": attempt_id}
-    attempt = await load(connection, "public", **names, log_order=turn.log_order, held=True)
+    attempt = await load(connection, "public", **names, log_order=turn.log_order, held=True, batch_bytes=2**24)
     assert attempt is not None
     return attempt
 

@@ -158,7 +158,8 @@ async def test_only_the_holder_of_an_open_attempt_can_load_it(primary: AsyncEngi
     async def loaded(relay_id: int) -> Attempt | None:
         names: dict[str, Any] = {"backend_id": "search", "relay_id": UUID(int=relay_id)}
         async with raw(primary) as connection:
-            return await load(connection, "public", **names, attempt_id=attempt.attempt_id, log_order=False, held=False)
+            terms = {"attempt_id": attempt.attempt_id, "log_order": False, "held": False, "batch_bytes": 2**24}
+            return await load(connection, "public", **names, **terms)
 
     mine = await loaded(1)
     assert mine == attempt

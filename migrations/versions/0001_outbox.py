@@ -15,6 +15,7 @@ COUNTS = ("applied", "stale", "superseded", "retried", "rejected", "released", "
 KEY = sa.Text(collation="C")
 INSTANT = sa.DateTime(timezone=True)
 NOW = sa.text("clock_timestamp()")
+CONTENT_BYTES = "octet_length((content)::text)"
 
 # Exact, in one snapshot. Pending is what is owed: deliveries, events in open attempts, events of holds.
 # What was attempted since the last fold has an upper bound too: with one bound alone the planner expects a third of the
@@ -92,6 +93,7 @@ select secondary.backend_id,
        secondary.lost + coalesce(recent.lost, 0) as lost,
        secondary.discarded,
        secondary.looked_at,
+       secondary.beyond,
        greatest(statement_timestamp() - coalesce(secondary.looked_at, secondary.registered_at), interval '0') as silence
 from {schema}.outbox_secondary as secondary
 left join waiting on waiting.backend_id = secondary.backend_id
@@ -151,6 +153,7 @@ def _create_outbox(schema: str) -> None:
         sa.Column("bulk_id", sa.Uuid),
         sa.Column("headers", postgresql.JSON),
         sa.Column("created_at", INSTANT, nullable=False, server_default=NOW),
+        sa.Column("content_bytes", sa.Integer, sa.Computed(CONTENT_BYTES, persisted=True)),
         sa.CheckConstraint("operation in ('create', 'update', 'delete')", name="outbox_operation_known"),
         sa.CheckConstraint("(operation = 'delete') = (content is null)", name="outbox_only_delete_has_no_content"),
         sa.CheckConstraint(
@@ -287,6 +290,10 @@ def _create_secondary(schema: str) -> None:
         sa.Column("last_error_at", INSTANT),
         sa.Column("last_error_code", sa.Text),
         sa.Column("looked_at", INSTANT),
+        sa.Column("epoch", sa.Text),
+        sa.Column("doubted_at", INSTANT),
+        sa.Column("beyond", sa.BigInteger),
+        sa.Column("proof_begun_at", INSTANT),
         sa.Column("registered_at", INSTANT, nullable=False, server_default=NOW),
         sa.CheckConstraint(
             "role in ('search', 'graph', 'terminology', 'archive', 'cache')", name="outbox_secondary_role_known"
@@ -310,6 +317,7 @@ def _create_backfill(schema: str) -> None:
         sa.Column("resource_type", KEY, primary_key=True),
         sa.Column("after", KEY),
         sa.Column("recorded", sa.BigInteger, nullable=False, server_default="0"),
+        sa.Column("refused", sa.BigInteger, nullable=False, server_default="0"),
         sa.Column("total", sa.BigInteger),
         sa.Column("started_at", INSTANT, nullable=False, server_default=NOW),
         sa.Column("advanced_at", INSTANT, nullable=False, server_default=NOW),
@@ -347,5 +355,9 @@ def _create_reconciliation(schema: str) -> None:
         schema=schema,
     )
     op.create_index(
-        "outbox_reconciliation_latest", "outbox_reconciliation", ["backend_id", "finished_at"], schema=schema
+        "outbox_reconciliation_whole",
+        "outbox_reconciliation",
+        ["backend_id", "finished_at"],
+        schema=schema,
+        postgresql_where=sa.text("tenant_id is null and resource_type is null"),
     )
