@@ -1,0 +1,59 @@
+"""Resource errands: what the commands about one resource have done. Every connection is closed after."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from datetime import timedelta
+from pathlib import Path
+
+from outbox.find import Asked
+from outbox.forget import Evidence
+from outbox.manager import SyncManager
+from outbox.migrate import check_schema
+from outbox.reach import Unreached, manager_of, reached, tables_of
+from outbox.story import Story
+
+__all__ = ["forget", "manager_for", "resource_of", "why"]
+
+
+def resource_of(resource: str, tenant: str) -> Asked:
+    """Return what `TYPE/ID` names; an id may hold slashes. Raises `Unreached`."""
+    kind, slash, name = resource.partition("/")
+    if not kind or not slash or not name:
+        raise Unreached(f"{resource}: must be TYPE/ID, such as Patient/123")
+    return Asked(tenant, kind, name)
+
+
+def manager_for(app: str | None, config: Path | None, dsn: str | None, schema: str | None) -> SyncManager:
+    """Return the manager that is named, else one on the given address that has no secondaries of its own."""
+    if app is not None or config is not None:
+        return manager_of(app, config)
+    tables = tables_of(None, None, dsn, schema)
+    return SyncManager(tables.engine, config=tables.config)
+
+
+async def why(manager: SyncManager, asked: Asked) -> Story:
+    """Tell the story of a resource. Raises `SchemaMissing`."""
+    async with _ready(manager):
+        return await manager.why(asked.resource_type, asked.resource_id, asked.tenant_id)
+
+
+async def forget(
+    manager: SyncManager, asked: Asked, reason: str | None, timeout: timedelta, *, dry_run: bool
+) -> Evidence:
+    """Erase a resource, or only look what there is. Raises `SchemaMissing` and `NotForgotten`."""
+    async with _ready(manager):
+        return await manager.forget(
+            asked.resource_type, asked.resource_id, asked.tenant_id, reason=reason, dry_run=dry_run, timeout=timeout
+        )
+
+
+@asynccontextmanager
+async def _ready(manager: SyncManager) -> AsyncIterator[None]:
+    try:
+        async with reached(manager.engine):
+            await check_schema(manager.engine, manager.config.database_schema)
+            yield
+    finally:
+        await manager.aclose()
