@@ -17,7 +17,7 @@ import time
 from collections.abc import AsyncIterator, Callable
 from datetime import UTC, datetime
 
-from benchmarks import fairness, held_snapshot, latency, memory, relay_throughput, waiters, writer_overhead
+from benchmarks import backfill, fairness, held_snapshot, latency, memory, reconcile, relay_throughput, waiters, writer_overhead
 from benchmarks.ground import Row
 from outbox.testing.postgres import EmbeddedPostgres
 
@@ -32,6 +32,8 @@ BENCHMARKS: dict[str, tuple[Rows, int | None]] = {
     "waiters": (waiters.rows, None),
     "fairness": (fairness.rows, None),
     "memory": (memory.rows, None),
+    "backfill": (backfill.rows, LONG_RUNS),
+    "reconcile": (reconcile.rows, None),
     "held_snapshot": (held_snapshot.rows, LONG_RUNS),
 }
 

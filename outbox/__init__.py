@@ -1,11 +1,14 @@
 """A transactional outbox on PostgreSQL that keeps secondary backends equal to the primary, and proves it."""
 
+from outbox.ahead import Moved
 from outbox.answer import SyncResult, SyncState, SyncStatus
+from outbox.backfill import BackfillProgress
 from outbox.bulk import BulkStatus, FailedResource
 from outbox.errors import (
     InvalidEvent,
     InvalidToken,
     NoSecondary,
+    NotForgotten,
     NotInTransaction,
     OutboxError,
     ResourceBusy,
@@ -13,43 +16,57 @@ from outbox.errors import (
     SchemaMissing,
     SecondaryError,
     SettingsError,
+    StillOwed,
     StorageError,
     Unavailable,
     UnknownSecondary,
     UntrackedWrite,
 )
 from outbox.event import FhirVersion, Operation, StoredResource, SyncEvent
+from outbox.finding import Finding, Verdict
+from outbox.forget import Evidence
 from outbox.headers import headers
 from outbox.health import Health, HealthPart
+from outbox.judge import Drift
 from outbox.manager import SyncManager
 from outbox.operate import Which
-from outbox.reconcile import Drift, ReconciliationResult, SyncReconciler
+from outbox.reconcile import ReconciliationResult, SyncReconciler
 from outbox.record import record
 from outbox.register import Registration
 from outbox.relay import Relay
+from outbox.retire import Removal
 from outbox.retry import RetryPolicy
+from outbox.roster import Addition
 from outbox.secondaries.base import Applied, Outcome, Rejected, ResourceDigest, Retry, Secondary, Stale
 from outbox.secondaries.memory import MemorySecondary
 from outbox.secondaries.storage import ResourceStorage, ResourceStorageSecondary
 from outbox.session import OutboxSession, SyncOutboxSession
 from outbox.settings import SyncConfig, SyncMode
-from outbox.status import BackendSyncStatus, Failure
+from outbox.status import BackendSyncStatus, Checked, Failure
+from outbox.story import Story
 from outbox.token import SyncToken
 
 __all__ = [
+    "Addition",
     "Applied",
     "BackendSyncStatus",
+    "BackfillProgress",
     "BulkStatus",
+    "Checked",
     "Drift",
+    "Evidence",
     "FailedResource",
     "Failure",
     "FhirVersion",
+    "Finding",
     "Health",
     "HealthPart",
     "InvalidEvent",
     "InvalidToken",
     "MemorySecondary",
+    "Moved",
     "NoSecondary",
+    "NotForgotten",
     "NotInTransaction",
     "Operation",
     "OutboxError",
@@ -59,6 +76,7 @@ __all__ = [
     "Registration",
     "Rejected",
     "Relay",
+    "Removal",
     "ResourceBusy",
     "ResourceDigest",
     "ResourceRefused",
@@ -71,8 +89,10 @@ __all__ = [
     "SecondaryError",
     "SettingsError",
     "Stale",
+    "StillOwed",
     "StorageError",
     "StoredResource",
+    "Story",
     "SyncConfig",
     "SyncEvent",
     "SyncManager",
@@ -86,6 +106,7 @@ __all__ = [
     "Unavailable",
     "UnknownSecondary",
     "UntrackedWrite",
+    "Verdict",
     "Which",
     "headers",
     "record",

@@ -13,7 +13,7 @@ from uuid import UUID
 from sqlalchemy import String, Table, event, inspect, select
 from sqlalchemy.orm import Mapper, QueryableAttribute, Session, object_session
 
-from outbox.content import DEFAULT_LIMITS, Limits
+from outbox.content import DEFAULT_LIMITS, Limits, text_of
 from outbox.errors import SettingsError, UntrackedWrite
 from outbox.event import Operation, SyncEvent
 
@@ -59,6 +59,10 @@ class Tracked:
         if before is None or before == (event.tenant_id, event.resource_id):
             return [event]
         return [SyncEvent.delete(self.resource_type, before[1], tenant_id=before[0], limits=self.limits), event]
+
+    def text(self, row: Any) -> str:
+        """Return the content that an event of `row` carries, without the checks of one. Raises `InvalidEvent`."""
+        return text_of(self.content(row))
 
     def event(self, operation: Operation, row: Any) -> SyncEvent:
         """Return the event of a change to `row`. Raises `InvalidEvent`."""

@@ -14,6 +14,7 @@ from outbox.attempt import Attempt, Lost
 from outbox.breaker import allowance, probe
 from outbox.claim import claim
 from outbox.dispatch import Dispatched
+from outbox.epoch import Vigil
 from outbox.hands import Hands, Opened
 from outbox.lanes import Lanes, advance_floors
 from outbox.lease import expired
@@ -52,11 +53,12 @@ class Carrier:
         self._config = config
         self._relay_id = relay_id
         self._lanes = Lanes()
+        self._vigil = Vigil(self.backend_id)
         self._bell = asyncio.Event()
         self._stopping = False
         self._alone = False
         self._alone_out = False
-        self._resume_at = self._floors_raised_at = self._say_looked_at = 0.0
+        self._resume_at = self._floors_raised_at = self._say_looked_at = self._look_back_at = 0.0
         self._look_everywhere_at = time.monotonic() + _LOOK_EVERYWHERE_EVERY
 
     async def run(self) -> None:
@@ -72,12 +74,14 @@ class Carrier:
                 extra = {"outbox_backend_id": self.backend_id, "outbox_error_code": code}
                 _log.warning("%s: claim failed (%s)", self.backend_id, code, extra=extra)
                 failures, self._say_looked_at = failures + 1, 0.0
+                self.doubt()
                 await self._primary.recover(failures)
                 continue
             failures = 0
             for attempt in attempts or ():
                 self.hands.take(attempt)
             await self._mind_floors(busy=bool(attempts))
+            await self._mind_history()
             if attempts or await self._rung(sleep):
                 sleep = _SHORTEST_SLEEP
             else:
@@ -91,6 +95,7 @@ class Carrier:
             await self._rung(_SHORTEST_SLEEP)
         carrying = [self.hands.take(attempt) for attempt in attempts]
         await self._mind_floors(busy=bool(attempts))
+        await self._mind_history()
         return sum([await each for each in carrying])
 
     async def seize(self, positions: Sequence[int], until: float) -> int:
@@ -136,7 +141,7 @@ class Carrier:
                 await set_back(connection, schema, backend_id, turn)
                 return None
             await self._say_looked(connection)
-            if turn.status in ("paused", "removed"):
+            if self._withheld(turn):
                 return []
             lost = await self._lost(connection, turn) if turn.lost_attempts else []
             if not lost:
@@ -165,7 +170,7 @@ class Carrier:
             if turn is None:
                 return None
             self._mind_strain(turn)
-            if turn.status in ("paused", "removed") or self.hands.strained:
+            if self._withheld(turn) or self.hands.strained:
                 # Whether the secondary is there again is for a relay to find out, one probe at a time.
                 return []
             attempt_id = await seize(
@@ -181,6 +186,17 @@ class Carrier:
             )
         return [] if attempt_id is None else [Opened(attempt_id, turn.log_order, held=False)]
 
+    def doubt(self) -> None:
+        """Take nothing of what is known of the primary for granted: its history may have gone back."""
+        self.hands.ahead.doubt()
+        self._lanes.look_everywhere()
+
+    def _withheld(self, turn: Turn) -> bool:
+        if turn.beyond:
+            # It is asked again once its registry row says that positions were moved past what it holds.
+            self.hands.ahead.doubt()
+        return turn.beyond or turn.status in ("paused", "removed")
+
     async def _mind_floors(self, *, busy: bool) -> None:
         """Between two claims keep the next ones short: what was delivered is soon more than what is claimed."""
         now = time.monotonic()
@@ -194,6 +210,17 @@ class Carrier:
         with suppress(*PRIMARY_FAILED):
             async with self._primary.connection() as connection:
                 await advance_floors(connection, self._config.database_schema, self.backend_id, self._lanes)
+
+    async def _mind_history(self) -> None:
+        """Look now and then whether the primary is still the one it was."""
+        if (now := time.monotonic()) < self._look_back_at:
+            return
+        self._look_back_at = now + self._config.prune_interval.total_seconds()
+        # A role that may not see the epoch carries all the same: positions tell the worst of it.
+        with suppress(*PRIMARY_FAILED):
+            async with self._primary.connection() as connection:
+                if await self._vigil.went_back(connection, self._config.database_schema):
+                    self.doubt()
 
     async def _lost(self, connection: asyncpg.Connection[Any], turn: Turn) -> list[Attempt]:
         """Return what others left behind; what this relay has in hand it still knows the end of."""

@@ -12,6 +12,8 @@ import typer
 from msgspec.structs import asdict
 
 from outbox import errands
+from outbox.backfill_command import backfill
+from outbox.doctor_commands import doctor
 from outbox.errors import SettingsError
 from outbox.failure_commands import failures
 from outbox.health import reasons_in
@@ -20,12 +22,13 @@ from outbox.metrics import exposition
 from outbox.migrate import migration_sql
 from outbox.options import App, Backend, Config, Dsn, Json, Schema
 from outbox.reach import manager_of, place_of, tables_of
-from outbox.reconcile import ReconciliationResult
-from outbox.render import console, drift_table, drift_text, json_text, status_table
+from outbox.reconcile_command import reconcile
+from outbox.render import console, json_text, status_table
+from outbox.resource_commands import forget, why
+from outbox.roster_commands import add, drain, promote, rebuild, remove
 from outbox.settings import SyncConfig
-from outbox.status import lag_text
 
-__all__ = ["app", "demo", "metrics", "migrate_tables", "pause", "reconcile", "relay", "resume", "status"]
+__all__ = ["app", "demo", "metrics", "migrate_tables", "pause", "relay", "resume", "status"]
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -117,6 +120,13 @@ def metrics(app: App = None, config: Config = None, dsn: Dsn = None, schema: Sch
 
 
 app.add_typer(failures, name="failures")
+app.command()(backfill)
+app.command()(doctor)
+app.command()(reconcile)
+app.command()(why)
+app.command()(forget)
+for command in (add, rebuild, promote, drain, remove):
+    app.command()(command)
 
 
 @app.command()
@@ -131,33 +141,6 @@ def resume(backend: Backend, app: App = None, config: Config = None, dsn: Dsn = 
     """Carry again to a secondary that was paused."""
     asyncio.run(errands.resume(tables_of(app, config, dsn, schema), backend))
     typer.echo(f"{backend} is live")
-
-
-@app.command()
-def reconcile(
-    backend: Backend,
-    app: App = None,
-    config: Config = None,
-    tenant: Annotated[str | None, typer.Option("--tenant", help="Only this tenant.")] = None,
-    resource_type: Annotated[str | None, typer.Option("--type", help="Only this resource type.")] = None,
-    *,
-    repair: Annotated[
-        bool, typer.Option("--repair/--dry-run", help="Record events that restore what differs, or only tell.")
-    ] = False,
-    json: Json = False,
-) -> None:
-    """Compare a secondary with the primary, and repair it through the outbox if told to.
-
-    Exit status 1 when drift is left: found, and no event recorded that repairs it.
-    """
-    manager = manager_of(app, config)
-    result = asyncio.run(errands.reconcile(manager, backend, tenant, resource_type, repair=repair))
-    left = result.missing + result.extra + result.stale + result.altered - result.repaired
-    if json:
-        typer.echo(json_text(result))
-    else:
-        _show_reconciled(result, left)
-    _exit(int(left > 0))
 
 
 @app.command()
@@ -184,21 +167,3 @@ def demo(
 def _exit(code: int) -> None:
     if code:
         raise typer.Exit(code)
-
-
-def _show_reconciled(result: ReconciliationResult, left: int) -> None:
-    if result.samples:
-        console().print(drift_table(result.samples))
-    typer.echo(f"{result.backend_id}: {drift_text(result)}")
-    typer.echo(
-        f"compared {result.primary_count:,} resources of the primary with {result.secondary_count:,} of "
-        f"{result.backend_id} in {lag_text(result.duration)}; {result.in_flight:,} were in flight and are not counted"
-    )
-    if result.repaired:
-        typer.echo(
-            f"recorded {result.repaired:,} events that restore them; a relay carries them to {result.backend_id}"
-        )
-    if result.refused:
-        typer.echo(f"left {result.refused:,} extra alone: too many to be deleted without asking")
-    elif left > 0 and not result.repaired:
-        typer.echo("--repair records the events that restore them")

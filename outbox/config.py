@@ -117,6 +117,7 @@ class _Described(BaseModel):
     ordering: Literal["state", "log"] = "state"
     tenant_ids: list[str] | None = None
     resource_types: list[str] | None = None
+    shadow: bool = False
 
     @abstractmethod
     def secondary(self, name: str) -> Secondary:
@@ -210,6 +211,7 @@ def _registration(name: str, table: dict[str, Any]) -> Registration:
         ordering=described.ordering,
         tenant_ids=described.tenant_ids,
         resource_types=described.resource_types,
+        shadow=described.shadow,
     )
 
 

@@ -18,6 +18,7 @@ __all__ = [
     "content_digest",
     "encode_content",
     "fingerprint",
+    "text_of",
 ]
 
 # A path is a chain of (parent, step); it is only rendered when something is refused.
@@ -66,6 +67,16 @@ def encode_content(content: dict[str, Any] | str | bytes, limits: Limits = DEFAU
     text = _serialised(content)
     _check_size(text, limits)
     return text
+
+
+def text_of(content: dict[str, Any] | str | bytes) -> str:
+    """Return the text that `encode_content` would, without its checks. Raises `InvalidEvent` when there is none."""
+    if isinstance(content, (str, bytes)):
+        return _decoded(content)
+    try:
+        return _serialised(content)
+    except (TypeError, ValueError):
+        raise InvalidEvent("content", "holds what JSON has no word for") from None
 
 
 def canonical(content: str) -> str:

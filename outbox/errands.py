@@ -5,20 +5,24 @@ from __future__ import annotations
 import logging
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from typing import Any
 
 from alembic.runtime.migration import MigrationContext
+from msgspec.structs import asdict
 from sqlalchemy import Connection
 
+from outbox.backfill import BackfillProgress
 from outbox.errors import UnknownSecondary
 from outbox.manager import SyncManager
 from outbox.migrate import check_schema, migrate
 from outbox.operate import Which
 from outbox.reach import Tables, Unreached, place_of, reached
-from outbox.reconcile import ReconciliationResult
+from outbox.reconcile import ReconciliationResult, Terms
 from outbox.relay import Relay
 from outbox.status import BackendSyncStatus, Failure, failures, statuses
 
 __all__ = [
+    "backfill",
     "carry",
     "discard",
     "drain",
@@ -100,22 +104,41 @@ async def resume(tables: Tables, backend: str) -> None:
 
 
 async def reconcile(
-    manager: SyncManager, backend: str, tenant: str | None, resource_type: str | None, *, repair: bool
+    manager: SyncManager, backend: str, tenant: str | None, resource_type: str | None, terms: Terms, *, repair: bool
 ) -> ReconciliationResult:
     """Compare; with `repair`, record what restores. Raises `Unreached` when there is nothing to compare."""
-    types = sorted(each.resource_type for each in manager.tracking)
-    if not types:
-        raise Unreached("this manager tracks no class to compare a secondary with: name your own with --app")
-    if resource_type not in (None, *types):
-        raise Unreached(f"--type {resource_type}: is not tracked; tracked are {', '.join(types)}")
+    _check_tracked(manager, resource_type)
     try:
         async with reached(manager.engine):
             await check_schema(manager.engine, manager.config.database_schema)
             # Repairs are owed to who is in the registry, so a name it does not have must not pass for repaired.
             await manager.backend_status(backend)
-            return await manager.reconcile(backend, tenant_id=tenant, resource_type=resource_type, repair=repair)
+            return await manager.reconcile(
+                backend, tenant_id=tenant, resource_type=resource_type, repair=repair, **asdict(terms)
+            )
     finally:
         await manager.aclose()
+
+
+async def backfill(
+    manager: SyncManager, backend: str, tenant: str | None, resource_type: str | None, **terms: Any
+) -> BackfillProgress:
+    """Fill a secondary on the terms of `SyncManager.backfill`. Raises `Unreached` when no class is tracked."""
+    _check_tracked(manager, resource_type)
+    try:
+        async with reached(manager.engine):
+            await check_schema(manager.engine, manager.config.database_schema)
+            return await manager.backfill(backend, tenant_id=tenant, resource_type=resource_type, **terms)
+    finally:
+        await manager.aclose()
+
+
+def _check_tracked(manager: SyncManager, resource_type: str | None) -> None:
+    types = sorted(each.resource_type for each in manager.tracking)
+    if not types:
+        raise Unreached("this manager tracks no class to compare a secondary with: name your own with --app")
+    if resource_type not in (None, *types):
+        raise Unreached(f"--type {resource_type}: is not tracked; tracked are {', '.join(types)}")
 
 
 @asynccontextmanager

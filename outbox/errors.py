@@ -6,8 +6,10 @@ OutboxError
 ├── NotInTransaction      an event was recorded where no transaction would carry it
 ├── UntrackedWrite        a write to a tracked class would have left no event
 ├── UnknownSecondary      a name that the registry, or this process, does not have
+├── StillOwed             a secondary was to be removed that is still owed something
 ├── NoSecondary           an event was recorded before any secondary was registered
 ├── InvalidToken          a text is not a token of ours
+├── NotForgotten          a resource cannot be erased while the primary has it; nothing was changed
 ├── SchemaMissing         the outbox tables are absent, or older than this code
 ├── StorageError          what a resource store raises about one resource
 │   ├── ResourceBusy      it may be taken later
@@ -28,6 +30,7 @@ __all__ = [
     "InvalidEvent",
     "InvalidToken",
     "NoSecondary",
+    "NotForgotten",
     "NotInTransaction",
     "OutboxError",
     "ResourceBusy",
@@ -35,6 +38,7 @@ __all__ = [
     "SchemaMissing",
     "SecondaryError",
     "SettingsError",
+    "StillOwed",
     "StorageError",
     "Unavailable",
     "UnknownSecondary",
@@ -83,6 +87,19 @@ class UnknownSecondary(OutboxError):
         self.backend_id = backend_id
 
 
+class StillOwed(OutboxError):
+    """A secondary was to be removed while something is owed to it, and nobody said that it may be given up."""
+
+    def __init__(self, backend_id: str, pending: int, dead: int) -> None:
+        super().__init__(
+            f"secondary {backend_id!r} is still owed {pending:,} deliveries, {dead:,} of its keys are dead: "
+            "drain it first, or give them up"
+        )
+        self.backend_id = backend_id
+        self.pending = pending
+        self.dead = dead
+
+
 class NoSecondary(OutboxError):
     """An event was recorded while the registry of secondaries was empty: nobody would ever get it."""
 
@@ -92,6 +109,10 @@ class InvalidToken(OutboxError):
 
     def __init__(self) -> None:
         super().__init__("token: this is not a token that record() or a session gave; pass it on unchanged")
+
+
+class NotForgotten(OutboxError):
+    """A resource was to be erased that the primary has, or may have again in a moment; nothing was changed."""
 
 
 class SchemaMissing(OutboxError):

@@ -137,9 +137,13 @@ class Checkup:
 
 
 def reasons_in(found: Sequence[BackendSyncStatus], expected: Sequence[str]) -> tuple[str, ...]:
-    """Return what is wrong with any secondary, each reason with its name; that there is none is wrong too."""
+    """Return what is wrong with any secondary, each reason with its name; that there is none is wrong too.
+
+    Nobody relies on a shadow yet: what is wrong with it is told with it, and is no reason here.
+    """
     known = {each.backend_id for each in found}
     unknown = [f"{name}: not registered" for name in expected if name not in known]
+    relied_on = [each for each in found if each.status != "shadow"]
     if not found and not unknown:
         return ("no secondary is registered",)
-    return (*unknown, *(f"{each.backend_id}: {reason}" for each in found for reason in each.reasons))
+    return (*unknown, *(f"{each.backend_id}: {reason}" for each in relied_on for reason in each.reasons))

@@ -1,10 +1,12 @@
 """Judge: tell drift from what is only on its way, by looks that leave no room for anything in between.
 
-A look reads, in this order: H, the newest position; P, the primary's rows; O, what is owed; S, the secondary's; P
-again; M, the events above H. A resource is drift when S differs from P, P did not change, and O and M are nothing. Why
-that is never false: what P shows had committed its event before O was read, so with nothing owed the secondary held it,
-or something newer, when S was read. Something newer is an event committed after P was read; for P to be the same
-afterwards takes a further event, whose position was drawn after that commit, and so is above H and in M.
+A look reads, in this order: E, the events of the keys; P, the primary's rows; O, what is owed; S, the secondary's; P
+and E again. A resource is drift when S differs from P, O is nothing, and neither P nor E changed. Why that is never
+false: what P shows had committed its event before O was read, so with nothing owed the secondary held it, or something
+newer, when S was read. Something newer is an event committed after P was read, and so it is in the second E only.
+Positions do not show it: of two changes in one commit, back to where it was, both may be lower than others long seen.
+
+E is read above a floor only: a position below which nobody can commit an event any more, as for a relay's lanes.
 """
 
 from __future__ import annotations
@@ -26,8 +28,9 @@ from outbox.listing import PrimaryRow
 from outbox.secondaries.base import Findable, Refreshable, ResourceDigest, Secondary
 from outbox.source import Source
 from outbox.statement import Statement
+from outbox.writers import still_writing, writers
 
-__all__ = ["MOVED", "NEWEST", "NOW", "OWED", "Drift", "Judge", "Patience", "Verdict"]
+__all__ = ["NEWEST", "NOW", "OWED", "RECENT", "Drift", "Judge", "Patience", "Verdict"]
 
 _Kind = Literal["missing", "extra", "stale", "altered"]
 
@@ -65,11 +68,12 @@ from suspect join owed on owed.key_hash = suspect.key_hash
 group by suspect.resource_id
 """)
 
-MOVED = Statement("""
-select distinct event.resource_id
+RECENT = Statement("""
+select event.resource_id, array_agg(event.event_id order by event.event_id) as positions
 from {schema}.outbox as event
-where event.event_id > :position and event.tenant_id = :tenant_id and event.resource_type = :resource_type
+where event.event_id > :floor and event.tenant_id = :tenant_id and event.resource_type = :resource_type
   and event.resource_id = any (cast(:resource_ids as text[]))
+group by event.resource_id
 """)
 
 # Events have no index by key, which every writer would pay for: this reads all that are kept, once for many keys.
@@ -85,6 +89,8 @@ _FIRST_PAUSE = 0.05
 _LONGEST_PAUSE = 0.5
 # A key that is written all the time is let be after so many looks.
 _LOOKS = 10
+# Before the first look writers are waited for this often: until they have ended there is no floor, and all are read.
+_GLANCES = 5
 
 
 class Drift(msgspec.Struct, frozen=True):
@@ -134,12 +140,16 @@ class Judge:
         self._source = source
         self._secondary = secondary
         self._patience = patience
+        self._floor = 0
+        self._next_floor = 0
+        self._below: set[str] = set()
 
     async def judge(self, tenant_id: str, resource_type: str, names: Sequence[str]) -> Verdict:
         """Look at up to a thousand suspects, in order, until each is drift, equal, or out of patience."""
         scope = (tenant_id, resource_type)
         verdict = Verdict()
         held: _Held = {}
+        await self._find_floor()
         undecided, pause = list(names), _FIRST_PAUSE
         for looks in count(1):
             waiting = await self._look(scope, undecided, held, verdict)
@@ -159,16 +169,17 @@ class Judge:
 
     async def _look(self, scope: _Scope, names: Sequence[str], held: _Held, verdict: Verdict) -> dict[str, str]:
         """Decide what can be decided; return the rest, with what it is doing."""
-        _, position = await self.position()
+        await self._raise_floor()
+        before = await self._ask(RECENT, scope, names, floor=self._floor)
         ours = await self._source.find(*scope, names)
         owed = await self._ask(OWED, scope, names, backend_id=self._secondary.backend_id)
         theirs = {seen.resource_id: seen for seen in await self._seen(scope, names)}
         again = await self._source.find(*scope, names)
-        moved = await self._ask(MOVED, scope, names, position=position)
+        after = await self._ask(RECENT, scope, names, floor=self._floor)
         waiting = {}
         for name in names:
             mine, seen = ours.get(name), theirs.get(name)
-            if mine != again.get(name) or name in moved:
+            if mine != again.get(name) or before.get(name) != after.get(name):
                 waiting[name] = "moved"
             elif _equal(mine, seen):
                 verdict.others["moved"] += 1
@@ -179,6 +190,24 @@ class Judge:
             else:
                 held[name] = (mine is not None, seen)
         return waiting
+
+    async def _find_floor(self) -> None:
+        for _ in range(_GLANCES):
+            if self._floor or await self._raise_floor() or not await self._patience.wait(_FIRST_PAUSE):
+                return
+
+    async def _raise_floor(self) -> bool:
+        """Raise the floor to the position last noted once all have ended who wrote at that moment; note the next."""
+        async with self._engine.connect() as connection:
+            if not self._below:
+                # In this order: whoever has drawn up to it and is not seen writing has committed by now, or never will.
+                self._next_floor = (await connection.execute(text(NOW.on(self._schema)))).one().position
+                self._below = await writers(connection, self._schema)
+            else:
+                self._below = still_writing(self._below, await writers(connection, self._schema))
+        if not self._below:
+            self._floor = self._next_floor
+        return not self._below
 
     async def _seen(self, scope: _Scope, names: Sequence[str]) -> Sequence[ResourceDigest]:
         if isinstance(self._secondary, Refreshable):

@@ -33,7 +33,7 @@ from sqlalchemy import (
 )
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession
 from sqlalchemy.ext.compiler import compiles
-from sqlalchemy.orm import QueryableAttribute
+from sqlalchemy.orm import QueryableAttribute, Session
 from sqlalchemy.sql.compiler import SQLCompiler
 from sqlalchemy.sql.elements import ClauseElement
 from sqlalchemy.sql.expression import Executable
@@ -41,7 +41,6 @@ from sqlalchemy.types import TypeEngine
 
 from outbox.capture import Tracked, identity_of
 from outbox.content import content_digest, fingerprint
-from outbox.event import Operation
 from outbox.statement import Statement
 
 __all__ = ["SORTS_BY_BYTES", "Listing", "PrimaryRow", "identified", "of_tenant", "rows_of", "sorts_by_bytes"]
@@ -111,10 +110,10 @@ class Listing:
         last = after
         while True:
             statement = self._rows().order_by(column).limit(self._page)
-            rows = await self._read(statement if last is None else statement.where(column > last))
+            rows, page = await self._read(statement if last is None else statement.where(column > last))
             if not rows:
                 return
-            yield self._resources(rows)
+            yield page
             last = self._tracked.resource_id(rows[-1])
 
     async def _sorted_there(self, column: QueryableAttribute[Any]) -> AsyncIterator[list[PrimaryRow]]:
@@ -126,19 +125,18 @@ class Listing:
             try:
                 while found := (await connection.scalars(fetch)).all():
                     await connection.commit()
-                    rows = await self._read(self._rows().where(column.in_(found)))
-                    yield _by_bytes(self._resources(rows))
+                    _, page = await self._read(self._rows().where(column.in_(found)))
+                    yield _by_bytes(page)
             finally:
                 if not connection.invalidated:
+                    # What failed may have left a transaction in which no cursor can be closed.
+                    await connection.rollback()
                     await connection.execute(text("close outbox_keys"))
                     await connection.commit()
 
     async def _sorted_here(self) -> AsyncIterator[list[PrimaryRow]]:
-        found: list[PrimaryRow] = []
-        statement = self._rows().execution_options(yield_per=self._page)
         async with AsyncSession(self._engine) as session:
-            async for rows in (await session.stream_scalars(statement)).partitions():
-                found += self._resources(rows)
+            found = await session.run_sync(self._load_all)
         found = await asyncio.to_thread(_by_bytes, found)
         for start in range(0, len(found), self._page):
             yield found[start : start + self._page]
@@ -149,9 +147,18 @@ class Listing:
     def _resources(self, objects: Iterable[Any]) -> list[PrimaryRow]:
         return rows_of(self._tracked, self._tenant_id, [each for each in objects if self._is_of(self._tracked, each)])
 
-    async def _read(self, statement: Select[Any]) -> Sequence[Any]:
+    async def _read(self, statement: Select[Any]) -> tuple[Sequence[Any], list[PrimaryRow]]:
         async with AsyncSession(self._engine) as session:
-            return (await session.scalars(statement)).unique().all()
+            return await session.run_sync(self._load, statement)
+
+    def _load(self, session: Session, statement: Select[Any]) -> tuple[Sequence[Any], list[PrimaryRow]]:
+        """Return objects and the resources they are, told while the session is there for what a content loads."""
+        rows = session.scalars(statement).unique().all()
+        return rows, self._resources(rows)
+
+    def _load_all(self, session: Session) -> list[PrimaryRow]:
+        pages = session.scalars(self._rows().execution_options(yield_per=self._page)).partitions()
+        return [row for page in pages for row in self._resources(page)]
 
 
 def of_tenant(statement: Select[Any], tracked: Tracked, tenant_id: str) -> Select[Any]:
@@ -164,12 +171,11 @@ def of_tenant(statement: Select[Any], tracked: Tracked, tenant_id: str) -> Selec
 
 def rows_of(tracked: Tracked, tenant_id: str, objects: Iterable[Any]) -> list[PrimaryRow]:
     """Return the resources that objects are; those of other tenants are left out."""
-    found = []
-    for each in objects:
-        event = tracked.event(Operation.UPDATE, each)
-        if event.tenant_id == tenant_id and event.content is not None:
-            found.append(PrimaryRow(event.resource_id, event.content))
-    return found
+    return [
+        PrimaryRow(tracked.resource_id(each), tracked.text(each))
+        for each in objects
+        if tracked.tenant(each) == tenant_id
+    ]
 
 
 def identified(tracked: Tracked, resource_ids: Sequence[str]) -> ColumnElement[bool] | None:

@@ -21,7 +21,8 @@ from outbox.follow import Follower
 from outbox.health import Checkup, Health, Roll
 from outbox.metrics import exposition
 from outbox.operate import Operator
-from outbox.prover import Prover
+from outbox.proof import Proof
+from outbox.rebuild import Rebuilder
 from outbox.record import record
 from outbox.register import Registration, register
 from outbox.relay import Relay
@@ -29,6 +30,7 @@ from outbox.retry import RetryPolicy
 from outbox.secondaries.base import Closeable, Secondary
 from outbox.session import OutboxSession, SyncOutboxSession
 from outbox.settings import SyncConfig, SyncMode
+from outbox.shadows import Shadows
 from outbox.status import BackendSyncStatus, Failure, failures, statuses
 from outbox.token import SyncToken
 from outbox.waiters import Waiters
@@ -40,7 +42,7 @@ _BETWEEN_LOOKS = 0.02
 _LONGEST_WAIT = 86_400
 
 
-class SyncManager(Operator, Prover):
+class SyncManager(Operator, Rebuilder):
     """Keeps secondaries equal to the primary behind `engine`.
 
     `secondaries` are adapters, or `Registration`s where the terms differ from the defaults. `retry` replaces the policy
@@ -65,6 +67,7 @@ class SyncManager(Operator, Prover):
         _refuse_repeated(names)
         self._waiters = Waiters(engine, self.config.database_schema)
         self._follower = Follower(self.registrations, self.config, self._own_relay, self._waiters)
+        self._shadows = Shadows(engine, self.config.database_schema)
         self._roll = Roll()
         self._checkup = Checkup(engine, self.config, names, self._roll)
 
@@ -101,11 +104,12 @@ class SyncManager(Operator, Prover):
         """Record events in a transaction of their own, then wait for secondaries as the mode says.
 
         Given a token instead, what it names was recorded and committed before. Waits for `backends` if they are named,
-        else as `mode`, the registration or the settings say, for at most `timeout` (seconds; `sync_timeout`). Returns a
-        status for every secondary that is owed something or was named; what is not there in time is accepted and on
-        its way, never failed. Raises before any SQL for a name that this manager does not have.
+        else as `mode`, the registration or the settings say, for at most `timeout` (seconds; `sync_timeout`); never for
+        a shadow that is not named. Returns a status for every secondary that is owed something or was named; what is
+        not there in time is accepted and on its way, never failed. Raises before any SQL for a name that this manager
+        does not have.
         """
-        waited_for = self._follower.waited_for(mode) if backends is None else {*backends}
+        waited_for = await self._waited_for(mode) if backends is None else {*backends}
         for name in waited_for:
             self._secondary(name)
         within = _duration(timeout, self.config.sync_timeout)
@@ -152,12 +156,13 @@ class SyncManager(Operator, Prover):
         """Wait until secondaries have what a transaction recorded; the result is true only when all of them do.
 
         `token` may come from any process. Waits at most `timeout` (seconds; `sync_timeout`; zero: looks once) for
-        `backends` (all that are owed something). Ends at once when waiting cannot help: dead, paused, removed, rolled
-        back, uncommitted, pruned, unknown. With `visible` also refreshes the secondary, so that searches see it. Raises
-        `InvalidToken`, and `UnknownSecondary` for a name that neither the token nor this manager has.
+        `backends` (all that are owed something, but shadows). Ends at once when waiting cannot help: dead, paused,
+        removed, rolled back, uncommitted, pruned, unknown. With `visible` also refreshes the secondary, so that
+        searches see it. Raises `InvalidToken`, and `UnknownSecondary` for a name that neither the token nor this
+        manager has.
         """
         token, within = SyncToken(token), _duration(timeout, self.config.sync_timeout)
-        names = token.backend_ids if backends is None else sorted({*backends})
+        names = await self._relied_on(token) if backends is None else sorted({*backends})
         for name in {*names} - {*token.backend_ids}:
             self._secondary(name)
         waiting = (self._waited(name, token, within, visible=visible) for name in names)
@@ -168,27 +173,40 @@ class SyncManager(Operator, Prover):
     ) -> bool:
         """Whether a reader may use this secondary; when not, the primary has the answer.
 
+        Never one that is a shadow, draining or removed: it misses more than it is owed.
+
         Waits up to `max_lag` (seconds; `max_read_lag`): with a token for what it names, else for the lag to be no more.
         """
         limit = _duration(max_lag, self.config.max_read_lag)
         if token is not None:
             status = (await self.wait_for_sync(token, timeout=limit, backends=[backend_id]))[backend_id]
-            return status.synced or status.state is SyncState.NOT_OWED
+            enough = status.synced or status.state is SyncState.NOT_OWED
+            return enough and await self._shadows.readable(backend_id)
         until = time.monotonic() + limit.total_seconds()
         while (await self.backend_status(backend_id)).lag > limit:
             if time.monotonic() >= until:
                 return False
             await asyncio.sleep(min(_BETWEEN_LOOKS, limit.total_seconds()))
-        return True
+        return await self._shadows.readable(backend_id)
 
     async def register(self) -> None:
-        """Write the secondaries to the registry: from here on every new event is owed to them."""
+        """Write the secondaries to the registry: from here on every new event is owed to them.
+
+        One that was removed comes back as a shadow: it missed events. `add` fills it.
+        """
         async with self.engine.begin() as connection:
             await connection.run_sync(register, self.config.database_schema, self.registrations)
 
     def relay(self) -> Relay:
         """Return a relay for all secondaries of this manager."""
-        return Relay(self.engine, self.registrations, self.config, self._policy, self._doorbell, self._roll)
+        proof = None
+        if self.config.proof_interval is not None:
+            proof = Proof(self.engine, self.registrations, self.config, self.tracking)
+        return Relay(self.engine, self.registrations, self.config, self._policy, self._doorbell, self._roll, proof)
+
+    def _relay_of(self, registrations: Sequence[Registration]) -> Relay:
+        """One for some of them only, which this process is not asked about."""
+        return Relay(self.engine, registrations, self.config, self._policy, self._doorbell)
 
     async def all_statuses(self) -> list[BackendSyncStatus]:
         """Return every registered secondary by name, exact and in one snapshot."""
@@ -244,7 +262,15 @@ class SyncManager(Operator, Prover):
 
     def _own_relay(self) -> Relay:
         """The one whose hands callers use: it claims nothing but what they wait for."""
-        return Relay(self.engine, self.registrations, self.config, self._policy, self._doorbell)
+        return self._relay_of(self.registrations)
+
+    async def _waited_for(self, mode: SyncMode | None) -> set[str]:
+        asked = self._follower.waited_for(mode)
+        return asked - await self._shadows.names() if asked else asked
+
+    async def _relied_on(self, token: SyncToken) -> list[str]:
+        shadows = await self._shadows.names()
+        return [name for name in token.backend_ids if name not in shadows]
 
     def _session_options(self, engine: AsyncEngine | Engine) -> dict[str, Any]:
         ring: Callable[[], None] = lambda: self._doorbell.ring(engine)  # noqa: E731 - a closure over one engine

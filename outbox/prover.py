@@ -7,11 +7,14 @@ from datetime import timedelta
 
 from sqlalchemy.ext.asyncio import AsyncEngine
 
+from outbox.ahead import Moved, move_past
 from outbox.answer import SyncResult, SyncStatus
 from outbox.backfill import MOST_OWED, Backfill, BackfillProgress
 from outbox.capture import Tracking
+from outbox.doctor import diagnose
 from outbox.errors import UnknownSecondary
 from outbox.find import Asked
+from outbox.finding import Case, Finding
 from outbox.forget import Eraser, Evidence
 from outbox.reconcile import ReconciliationResult, SyncReconciler, Terms
 from outbox.register import Registration
@@ -66,17 +69,20 @@ class Prover:
         repair: bool = False,
         patience: timedelta = timedelta(seconds=30),
         most_deletes: float = 0.05,
+        most_deleted: int = 10_000,
         actor: str = "",
         reason: str = "",
     ) -> ReconciliationResult:
         """Compare a secondary with the tracked classes; with `repair`, record events that restore it.
 
         `patience` is how long deliveries under way are waited for before what they carry is left out as in flight.
-        Extras are deleted only while they are no more than `most_deletes` of what the secondary holds. `actor` and
-        `reason` are written down with the repair. See `SyncReconciler.reconcile` for what it guarantees and raises.
+        Extras are deleted only while they are no more than `most_deletes` of what the secondary holds, and
+        `most_deleted` in all. `actor` and `reason` are written down. Raises what `SyncReconciler.reconcile` does.
         """
         source = Source(self.engine, self.tracking)
-        terms = Terms(patience=patience, most_deletes=most_deletes, actor=actor, reason=reason)
+        terms = Terms(
+            patience=patience, most_deletes=most_deletes, most_deleted=most_deleted, actor=actor, reason=reason
+        )
         schema, secondary = self.config.database_schema, self._secondary(backend_id)
         reconciler = SyncReconciler(self.engine, source, secondary, schema, terms)
         result = await reconciler.reconcile(tenant_id, resource_type, repair=repair)
@@ -156,6 +162,23 @@ class Prover:
         )
         work = backfill.plan if dry_run else backfill.run
         return await work(tenant_id, resource_type, restart=restart)
+
+    async def diagnose(self) -> list[Finding]:
+        """Look at the primary, the tables and every secondary; return what was found and what to do next.
+
+        Never raises for what it finds; what hangs is unknown after `health_timeout`.
+        """
+        return await diagnose(Case(self.engine, self.config, self.registrations))
+
+    async def move_past(self) -> Moved:
+        """After history went back: let new positions be above all that any secondary holds. Never lowers them.
+
+        Then reconcile each with `repair`: what it holds of the history that is gone is not known before. Needs the
+        owner of the tables. Raises `SecondaryError` for a position that is too far to be true.
+        """
+        moved = await move_past(self.engine, self.config, self.registrations)
+        self.ring()
+        return moved
 
     def _secondary(self, backend_id: str) -> Secondary:
         for each in self.registrations:

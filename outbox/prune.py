@@ -17,10 +17,12 @@ __all__ = [
     "PRUNE_ATTEMPTS",
     "PRUNE_DISCARDED",
     "PRUNE_EVENTS",
+    "PRUNE_RECONCILIATIONS",
     "fold",
     "prune_attempts",
     "prune_discarded",
     "prune_events",
+    "prune_reconciliations",
 ]
 
 # Attempts are created under the registry row's lock, which the folder holds: none can appear below an open one.
@@ -143,6 +145,17 @@ with page as materialized (
 delete from {schema}.outbox_attempt where ctid = any (array(select row_id from page))
 """)
 
+# What repaired something is kept for good, and so is the latest proof of each secondary.
+PRUNE_RECONCILIATIONS = Statement("""
+delete from {schema}.outbox_reconciliation as old
+where old.finished_at < statement_timestamp() - cast(:keep as interval) and old.repaired = 0
+  and (old.tenant_id is not null or old.resource_type is not null or exists (
+      select from {schema}.outbox_reconciliation as newer
+      where newer.backend_id = old.backend_id and newer.tenant_id is null and newer.resource_type is null
+        and newer.finished_at > old.finished_at
+  ))
+""")
+
 _PAGE = 1_000
 
 
@@ -159,6 +172,11 @@ async def fold(connection: asyncpg.Connection[Any], schema: str, backend_id: str
 async def prune_discarded(connection: asyncpg.Connection[Any], schema: str, keep: timedelta) -> None:
     """Delete notes of discarded events that are gone and older than `keep`."""
     await connection.execute(*PRUNE_DISCARDED.arguments(schema, {"keep": keep}))
+
+
+async def prune_reconciliations(connection: asyncpg.Connection[Any], schema: str, keep: timedelta) -> None:
+    """Delete notes of comparisons that repaired nothing, are older than `keep`, and have a newer one."""
+    await connection.execute(*PRUNE_RECONCILIATIONS.arguments(schema, {"keep": keep}))
 
 
 async def prune_events(connection: asyncpg.Connection[Any], schema: str, keep: timedelta, after: int) -> int | None:

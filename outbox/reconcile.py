@@ -43,6 +43,7 @@ values
      :missing, :extra, :stale, :altered, :in_flight, :repaired, :refused, :started_at)
 """)
 
+_Scope = tuple[str, str]
 _KINDS = ("missing", "extra", "stale", "altered")
 _COUNTS = ("primary_count", "secondary_count", *_KINDS, "in_flight", "repaired", "refused")
 _SAMPLES = 10
@@ -56,8 +57,9 @@ class Terms(msgspec.Struct, frozen=True):
 
     `patience`: how long, for each tenant and type, deliveries under way are waited for before what they carry is left
     out as in flight. `most_deletes`: repair deletes extras only while they are no more than this share of what the
-    secondary holds of a tenant and type (never fewer than ten), and no more than `most_deleted` in all; so that a wrong
-    or empty listing empties nothing. `actor` and `reason` are written down with every repair.
+    secondary holds (never fewer than ten), of a tenant and type and of all that was compared, and no more than
+    `most_deleted`; so that a wrong or empty listing empties nothing, not even many small tenants one by one. `actor`
+    and `reason` are written down with every repair.
     """
 
     patience: timedelta = timedelta(seconds=30)
@@ -155,13 +157,15 @@ class SyncReconciler:
         result = ReconciliationResult(self._secondary.backend_id)
         scopes = await self._scopes(tenant_id, resource_type)
         result.started_at, result.high_water = await self._judge().position()
-        for scope in scopes:
-            await self._reconcile(scope, result, repair=repair)
+        removable = [(scope, await self._reconcile(scope, result, repair=repair)) for scope in scopes]
+        if repair:
+            await self._remove(removable, result)
         result.duration = timedelta(seconds=time.monotonic() - started)
         await self._note(result, {"tenant_id": tenant_id, "resource_type": resource_type, "repair": repair})
         return result
 
-    async def _reconcile(self, scope: tuple[str, str], result: ReconciliationResult, *, repair: bool) -> None:
+    async def _reconcile(self, scope: _Scope, result: ReconciliationResult, *, repair: bool) -> list[str]:
+        """Compare one tenant and type; return the extras that repair may remove if they are few in all, too."""
         walk = Comparison(self._source, self._secondary, *scope, self._pause)
         judge, extras, removable = self._judge(), 0, list[str]()
         async for names in _together(walk.suspects()):
@@ -173,18 +177,26 @@ class SyncReconciler:
                 result.repaired += await self._repairer.restore(*scope, others)
                 found = [drift.resource_id for drift in verdict.drifts if drift.kind == "extra"]
                 extras += len(found)
-                removable += found[: self._terms.most_deleted - len(removable)]
+                # Beyond that nothing is removed, and what cannot be is not kept.
+                removable += found if result.extra <= self._terms.most_deleted else []
         result.primary_count += walk.primary_count
         result.secondary_count += walk.secondary_count
         result.listed += walk.listed
-        if self._may_remove(extras, walk.secondary_count, result):
-            result.repaired += await self._repairer.remove(*scope, removable)
-        else:
-            result.refused += extras
+        if self._are_few(extras, walk.secondary_count):
+            return removable
+        result.refused += extras
+        return []
 
-    def _may_remove(self, extras: int, held: int, result: ReconciliationResult) -> bool:
-        few = max(10, held * self._terms.most_deletes)
-        return extras <= few and result.extra <= self._terms.most_deleted
+    async def _remove(self, removable: Sequence[tuple[_Scope, list[str]]], result: ReconciliationResult) -> None:
+        extras = result.extra - result.refused
+        if not self._are_few(extras, result.secondary_count) or result.extra > self._terms.most_deleted:
+            result.refused += extras
+            return
+        for scope, names in removable:
+            result.repaired += await self._repairer.remove(*scope, names)
+
+    def _are_few(self, extras: int, held: int) -> bool:
+        return extras <= min(max(10, held * self._terms.most_deletes), self._terms.most_deleted)
 
     async def _scopes(self, tenant_id: str | None, resource_type: str | None) -> list[tuple[str, str]]:
         """Return the tenants and types of either side that this secondary is to hold."""
@@ -213,7 +225,7 @@ class SyncReconciler:
             async with self._engine.begin() as connection:
                 await connection.execute(text(NOTE.on(self._schema)), note)
         except DBAPIError as error:
-            if code_of(error) not in _MAY_NOT_WRITE:
+            if code_of(error.orig) not in _MAY_NOT_WRITE:
                 raise
             _log.info("what came of it is not written down: this role may only read the primary")
 

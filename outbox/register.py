@@ -14,27 +14,33 @@ from outbox.secondaries.base import Secondary
 from outbox.settings import SyncMode
 from outbox.statement import Statement
 
-__all__ = ["REGISTER", "Registration", "register"]
+__all__ = ["REGISTER", "Registration", "register", "register_known"]
 
 # Rows that say the same already are not touched: an upsert would wait for whoever has the secondary's turn.
+# Whether it is a shadow is asked of those that are new, and one that was removed comes back as one: it missed events.
 REGISTER = Statement("""
-insert into {schema}.outbox_secondary as secondary (backend_id, role, mode, ordering, tenant_ids, resource_types)
+insert into {schema}.outbox_secondary as secondary
+    (backend_id, role, mode, ordering, tenant_ids, resource_types, status)
 select given.backend_id, given.role, given.mode, given.ordering,
-       cast(given.tenant_ids as text[]), cast(given.resource_types as text[])
+       cast(given.tenant_ids as text[]), cast(given.resource_types as text[]),
+       case when given.shadow then 'shadow' else 'live' end
 from unnest(
     cast(:backend_ids as text[]), cast(:roles as text[]), cast(:modes as text[]), cast(:orderings as text[]),
-    cast(:tenant_ids as text[]), cast(:resource_types as text[])
-) as given (backend_id, role, mode, ordering, tenant_ids, resource_types)
+    cast(:tenant_ids as text[]), cast(:resource_types as text[]), cast(:shadows as boolean[])
+) as given (backend_id, role, mode, ordering, tenant_ids, resource_types, shadow)
 where not exists (
     select from {schema}.outbox_secondary as known
     where known.backend_id = given.backend_id
       and (known.role, known.mode, known.ordering) = (given.role, given.mode, given.ordering)
       and known.tenant_ids is not distinct from cast(given.tenant_ids as text[])
       and known.resource_types is not distinct from cast(given.resource_types as text[])
+      and not (cast(:revive as boolean) and known.status = 'removed')
 )
 on conflict (backend_id) do update
 set role = excluded.role, mode = excluded.mode, ordering = excluded.ordering, tenant_ids = excluded.tenant_ids,
-    resource_types = excluded.resource_types
+    resource_types = excluded.resource_types,
+    status = case when cast(:revive as boolean) and secondary.status = 'removed' then 'shadow'
+                  else secondary.status end
 """)
 
 _BACKEND_ID = re.compile(r"[a-z][a-z0-9_-]{0,62}")
@@ -45,6 +51,8 @@ class Registration:
     """A secondary and its terms: what it is for, which order it needs, which tenants and types it wants (None: all).
 
     `mode` says whether writers wait for it (None: as `SyncConfig.mode` says).
+    With `shadow` a name that is new to the registry gets every event, but nobody waits for it, reads it or is alarmed
+    by it before it is promoted; later registrations leave its status as it is.
     `state` order delivers only the newest of several due events of a key; `log` order delivers every event, in order.
     """
 
@@ -54,6 +62,7 @@ class Registration:
     tenant_ids: Sequence[str] | None = None
     resource_types: Sequence[str] | None = None
     mode: SyncMode | None = None
+    shadow: bool = False
 
     def __post_init__(self) -> None:
         if not _BACKEND_ID.fullmatch(self.backend_id):
@@ -65,8 +74,13 @@ class Registration:
         return self.secondary.backend_id
 
 
-def register(connection: Connection, schema: str, registrations: Sequence[Registration]) -> None:
-    """Make the registry say what `registrations` say; from the commit on, every new event is owed to them."""
+def register(
+    connection: Connection, schema: str, registrations: Sequence[Registration], *, revive: bool = True
+) -> None:
+    """Make the registry say what `registrations` say; from the commit on, every new event is owed to them.
+
+    With `revive` one that was removed comes back as a shadow, without it stays removed.
+    """
     parameters: dict[str, Any] = {
         "backend_ids": [each.backend_id for each in registrations],
         "roles": [each.role for each in registrations],
@@ -74,8 +88,15 @@ def register(connection: Connection, schema: str, registrations: Sequence[Regist
         "orderings": [each.ordering for each in registrations],
         "tenant_ids": [_literal(each.tenant_ids) for each in registrations],
         "resource_types": [_literal(each.resource_types) for each in registrations],
+        "shadows": [each.shadow for each in registrations],
+        "revive": revive,
     }
     connection.execute(text(REGISTER.on(schema)), parameters)
+
+
+def register_known(connection: Connection, schema: str, registrations: Sequence[Registration]) -> None:
+    """As `register`, for a relay that starts: its configuration may be older than the removal of a secondary."""
+    register(connection, schema, registrations, revive=False)
 
 
 def _literal(names: Sequence[str] | None) -> str | None:

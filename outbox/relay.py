@@ -6,7 +6,7 @@ import asyncio
 import logging
 import signal
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from contextlib import asynccontextmanager
 from datetime import timedelta
 from typing import Any
@@ -19,10 +19,11 @@ from sqlalchemy.ext.asyncio import AsyncEngine
 from outbox.carrier import Carrier
 from outbox.errors import UnknownSecondary
 from outbox.health import Roll
+from outbox.housekeeping import keep_tidy
 from outbox.lease import heartbeat
 from outbox.primary import PRIMARY_FAILED, Primary, code_of
-from outbox.prune import prune_attempts, prune_discarded, prune_events
-from outbox.register import Registration, register
+from outbox.proof import Proof
+from outbox.register import Registration, register_known
 from outbox.retry import RetryPolicy
 from outbox.schema import LISTEN_CHANNEL
 from outbox.settings import SyncConfig
@@ -50,6 +51,7 @@ class Relay:
         policy: RetryPolicy,
         doorbell: Doorbell,
         roll: Roll | None = None,
+        proof: Proof | None = None,
     ) -> None:
         # Random for every start of a process: a host name that comes back must not inherit leases.
         self.relay_id = uuid4()
@@ -58,6 +60,7 @@ class Relay:
         self._config = config
         self._doorbell = doorbell
         self._roll = roll or Roll()
+        self._proof = proof
         self._primary = Primary(engine, config)
         self._carriers = {
             each.backend_id: Carrier(each, self._primary, config, policy, self.relay_id) for each in registrations
@@ -77,20 +80,20 @@ class Relay:
         stopping = asyncio.create_task(self._stop.wait())
         opening = asyncio.create_task(self._open())
         loops: list[asyncio.Task[None]] = []
+        beside: list[asyncio.Task[None]] = []
         try:
             # A primary that never answers must not keep a relay from being stopped.
             await asyncio.wait({opening, stopping}, return_when=asyncio.FIRST_COMPLETED)
             if opening.done():
                 opening.result()
                 loops = [asyncio.create_task(carrier.run()) for carrier in self._carriers.values()]
-                tidying = asyncio.create_task(self._keep_tidy())
-                ends: set[asyncio.Task[Any]] = {*loops, tidying, stopping}
+                beside = [asyncio.create_task(each) for each in self._beside()]
+                ends: set[asyncio.Task[Any]] = {*loops, *beside, stopping}
                 done, _ = await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
-                await _cancelled([tidying])
                 for ended in done:
                     ended.result()
         finally:
-            await _cancelled([opening, stopping])
+            await _cancelled([opening, stopping, *beside])
             await self._wind_down(loops)
             await self._close()
 
@@ -180,7 +183,7 @@ class Relay:
             await self._primary.wait()
             try:
                 async with self._engine.begin() as connection:
-                    await connection.run_sync(register, self._config.database_schema, self._registrations)
+                    await connection.run_sync(register_known, self._config.database_schema, self._registrations)
             except ProgrammingError:
                 # Tables or rights that are missing do not come by waiting.
                 raise
@@ -257,25 +260,10 @@ class Relay:
                 kept = await heartbeat(connection, schema, self.relay_id, backend_id, sorted(mine), lease)
                 carrier.hands.give_up(mine - kept)
 
-    async def _tidy(self) -> None:
-        schema = self._config.database_schema
-        for carrier in self._carriers.values():
-            await carrier.tidy()
-        async with self._primary.connection() as connection:
-            await prune_attempts(connection, schema, self._config.keep_attempts)
-            await prune_discarded(connection, schema, self._config.keep_attempts)
-            after: int | None = 0
-            deadline = time.monotonic() + self._config.prune_interval.total_seconds()
-            while after is not None and time.monotonic() < deadline:
-                after = await prune_events(connection, schema, self._config.keep_events, after)
-
-    async def _keep_tidy(self) -> None:
-        while True:
-            await asyncio.sleep(self._config.prune_interval.total_seconds())
-            try:
-                await self._tidy()
-            except PRIMARY_FAILED as error:
-                _log.warning("housekeeping failed (%s)", code_of(error))
+    def _beside(self) -> list[Coroutine[Any, Any, None]]:
+        """What goes on beside the carrying, for as long as that goes on."""
+        tidying = keep_tidy(self._primary, self._config, list(self._carriers.values()))
+        return [tidying] if self._proof is None else [tidying, self._proof.run()]
 
     def _heard(self, _connection: Any, _process: int, _channel: str, schema: object) -> None:
         if schema == self._config.database_schema:

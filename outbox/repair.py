@@ -21,22 +21,12 @@ from outbox.headers import headers
 from outbox.record import record
 from outbox.source import Source
 from outbox.statement import Statement
+from outbox.writers import WRITERS, still_writing, writers
 
 __all__ = ["ALONE", "WRITERS", "Repairer"]
 
 # Two that remove would each be a writer the other waits for.
 ALONE = Statement("select pg_advisory_xact_lock(hashtextextended('{schema}.outbox repair', 0))")
-
-# Whoever has drawn a position holds this lock until it ends; transactions of other databases, and those that only read
-# or never recorded anything, do not. One that is prepared has no process.
-WRITERS = Statement("""
-select held.virtualtransaction as writer
-from pg_locks as held
-where held.locktype = 'relation' and held.mode = 'RowExclusiveLock' and held.granted
-  and held.database = (select oid from pg_database where datname = current_database())
-  and held.relation = to_regclass('{schema}.outbox')
-  and held.pid is distinct from pg_backend_pid()
-""")
 
 _PAGE = 200
 _TRIES = 5
@@ -82,8 +72,9 @@ class Repairer:
 
     async def remove(self, tenant_id: str, resource_type: str, names: Sequence[str]) -> int:
         """Record deletes of what the primary does not have; return of how many it still did not have at the end."""
+        deadline = time.monotonic() + self._patience
         pages = (names[start : start + _PAGE] for start in range(0, len(names), _PAGE))
-        return sum([await self._remove(tenant_id, resource_type, list(page)) for page in pages])
+        return sum([await self._remove(tenant_id, resource_type, list(page), deadline) for page in pages])
 
     async def _restore(self, tenant_id: str, resource_type: str, names: Sequence[str]) -> set[str]:
         async with AsyncSession(self._engine) as session, session.begin():
@@ -91,34 +82,30 @@ class Repairer:
             await self._record(await session.connection(), list(found.values()))
         return set(found)
 
-    async def _remove(self, tenant_id: str, resource_type: str, names: list[str]) -> int:
+    async def _remove(self, tenant_id: str, resource_type: str, names: list[str], deadline: float) -> int:
         async with AsyncSession(self._engine) as session, session.begin() as transaction:
             connection = await session.connection()
             await connection.execute(text(ALONE.on(self._schema)))
             await self._record(
                 connection, [SyncEvent.delete(resource_type, name, tenant_id=tenant_id) for name in names]
             )
-            ended = await self._writers_ended(connection)
+            ended = await self._writers_ended(connection, deadline)
             back = await self._source.find(tenant_id, resource_type, names) if ended else {}
             if ended and not back:
                 return len(names)
             await transaction.rollback()
         gone = [name for name in names if name not in back]
-        return await self._remove(tenant_id, resource_type, gone) if ended and gone else 0
+        return await self._remove(tenant_id, resource_type, gone, deadline) if ended and gone else 0
 
-    async def _writers_ended(self, connection: AsyncConnection) -> bool:
+    async def _writers_ended(self, connection: AsyncConnection, deadline: float) -> bool:
         """Whether all who had recorded something, and not committed it, at this moment have ended before long."""
-        deadline = time.monotonic() + self._patience
-        waited_for = await self._writers(connection)
+        waited_for = await writers(connection, self._schema)
         while waited_for:
             if time.monotonic() >= deadline:
                 return False
             await asyncio.sleep(_PAUSE)
-            waited_for &= await self._writers(connection)
+            waited_for = still_writing(waited_for, await writers(connection, self._schema))
         return True
-
-    async def _writers(self, connection: AsyncConnection) -> set[str]:
-        return set(await connection.scalars(text(WRITERS.on(self._schema))))
 
     async def _record(self, connection: AsyncConnection, events: list[SyncEvent]) -> None:
         if events:

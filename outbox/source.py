@@ -8,7 +8,7 @@ from typing import Any
 from sqlalchemy import BigInteger, Select, cast, func, literal_column, select
 from sqlalchemy.dialects.postgresql import BIT
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession
-from sqlalchemy.orm import QueryableAttribute
+from sqlalchemy.orm import QueryableAttribute, Session
 
 from outbox.capture import Tracked, Tracking
 from outbox.event import Operation, SyncEvent
@@ -51,9 +51,12 @@ class Source:
         """Return those of the resources that are there now."""
         tracked = self._tracked(resource_type)
         statement = _matching(tracked, tenant_id, resource_ids)
+        wanted = {(tenant_id, name) for name in resource_ids}
         async with AsyncSession(self._engine) as session:
-            rows = await self._rows(session, statement, tracked, {(tenant_id, name) for name in resource_ids})
-        return {row.resource_id: row for row in rows_of(tracked, tenant_id, rows)}
+            found = await session.run_sync(
+                lambda loading: rows_of(tracked, tenant_id, self._rows(loading, statement, tracked, wanted))
+            )
+        return {row.resource_id: row for row in found}
 
     async def locked(
         self, session: AsyncSession, tenant_id: str, resource_type: str, resource_ids: Sequence[str]
@@ -64,8 +67,12 @@ class Source:
         """
         tracked = self._tracked(resource_type)
         statement = _matching(tracked, tenant_id, resource_ids).with_for_update(skip_locked=True, of=tracked.entity)
-        rows = await self._rows(session, statement, tracked, {(tenant_id, name) for name in resource_ids})
-        events = [tracked.event(Operation.UPDATE, row) for row in rows]
+        wanted = {(tenant_id, name) for name in resource_ids}
+        events = await session.run_sync(
+            lambda loading: [
+                tracked.event(Operation.UPDATE, row) for row in self._rows(loading, statement, tracked, wanted)
+            ]
+        )
         return {event.resource_id: event for event in events}
 
     async def can_sum(self, resource_type: str) -> bool:
@@ -125,18 +132,22 @@ class Source:
             rows = await session.stream_scalars(select(tracked.entity).execution_options(yield_per=_PAGE))
             return {tracked.tenant(row) async for row in rows}
 
-    async def _rows(
-        self, session: AsyncSession, statement: Select[Any], tracked: Tracked, wanted: set[tuple[str, str]]
-    ) -> list[Any]:
-        """Read objects, page by page: where no index finds them, most of them are not meant."""
-        rows = await session.stream_scalars(statement.execution_options(yield_per=_PAGE))
-        return [row async for row in rows if tracked.key_of(row) in wanted and self._is_of(tracked, row)]
+    def _rows(
+        self, session: Session, statement: Select[Any], tracked: Tracked, wanted: set[tuple[str, str]]
+    ) -> Iterator[Any]:
+        """Read objects; whoever makes events of them does so meanwhile, so that a content may load what it needs."""
+        rows = session.scalars(statement)
+        # Objects that are read page by page come and go, and their identities with them.
+        for row in rows if "yield_per" in statement.get_execution_options() else rows.unique():
+            if tracked.key_of(row) in wanted and self._is_of(tracked, row):
+                yield row
 
 
 def _matching(tracked: Tracked, tenant_id: str, resource_ids: Sequence[str]) -> Select[Any]:
     statement = of_tenant(select(tracked.entity), tracked, tenant_id)
     condition = identified(tracked, resource_ids)
-    return statement if condition is None else statement.where(condition)
+    # Where no index finds them, most of what is read is not meant.
+    return statement.execution_options(yield_per=_PAGE) if condition is None else statement.where(condition)
 
 
 def _between(

@@ -14,7 +14,17 @@ from sqlalchemy.ext.asyncio import AsyncEngine
 from outbox.settings import SyncConfig
 from outbox.statement import Statement
 
-__all__ = ["FAILURES", "LAG", "BackendSyncStatus", "Failure", "failures", "lag_text", "reasons_of", "statuses"]
+__all__ = [
+    "FAILURES",
+    "LAG",
+    "BackendSyncStatus",
+    "Checked",
+    "Failure",
+    "failures",
+    "lag_text",
+    "reasons_of",
+    "statuses",
+]
 
 # The latest attempts are evidence of how a secondary does, and a hundred of them bound what it costs to look. Of each
 # that was about anything: null when something got through, else its error.
@@ -23,7 +33,9 @@ select lag.backend_id, lag.status, lag.pending, lag.in_flight, lag.failing, lag.
        coalesce(lag.lag, interval '0') as lag, lag.breaker, lag.last_success_at, lag.last_error_at, lag.last_error_code,
        lag.applied, lag.stale, lag.superseded, lag.retried, lag.rejected, lag.lost, lag.discarded,
        lag.looked_at, lag.silence,
-       latest.throughput, latest.endings
+       latest.throughput, lag.beyond, latest.endings,
+       proof.finished_at, proof.primary_count, proof.missing, proof.extra, proof.stale, proof.altered, proof.in_flight,
+       proof.repaired
 from {schema}.outbox_lag as lag
 cross join lateral (
     select cast(
@@ -45,6 +57,12 @@ cross join lateral (
         limit 100
     ) as attempt
 ) as latest
+left join lateral (
+    select * from {schema}.outbox_reconciliation as proof
+    where proof.backend_id = lag.backend_id and proof.tenant_id is null and proof.resource_type is null
+    order by proof.finished_at desc
+    limit 1
+) as proof on true
 order by lag.backend_id
 """)
 
@@ -58,14 +76,36 @@ limit :most
 """)
 
 
+class Checked(msgspec.Struct, frozen=True):
+    """The latest comparison of all of a secondary with the primary: when it ended, how much it held, what it found.
+
+    `repaired` counts the repair events it recorded; `in_flight` what was under way and left out.
+    """
+
+    at: datetime
+    resources: int
+    missing: int
+    extra: int
+    stale: int
+    altered: int
+    in_flight: int
+    repaired: int
+
+    @property
+    def left(self) -> int:
+        """How many resources differed, and were not repaired."""
+        return max(0, self.missing + self.extra + self.stale + self.altered - self.repaired)
+
+
 class BackendSyncStatus(msgspec.Struct, frozen=True):
     """One secondary, as the database knows it: the same from every process, right after a restart.
 
     `pending` counts every delivery still owed, those in flight, failing and dead included; `lag` is the age of the
     oldest of them by the database's clock, zero when nothing is owed. `failing` and `dead` count keys. The totals count
     deliveries since the secondary was registered, `throughput` those done per second in the last minute. `silence` is
-    how long no relay has asked what is due. `reasons` say what makes it unhealthy, each beginning with what it is
-    about: lag, pending, dead, breaker, attempts or silence. Never content.
+    how long no relay has asked what is due. `beyond` is a position it holds that the primary has not given; nothing is
+    carried to it then. `reasons` say what makes it unhealthy, each beginning with what it is about: ahead, lag,
+    pending, drift, dead, breaker, attempts or silence. Never content.
     """
 
     backend_id: str
@@ -89,6 +129,8 @@ class BackendSyncStatus(msgspec.Struct, frozen=True):
     looked_at: datetime | None
     silence: timedelta
     throughput: float
+    beyond: int | None = None
+    checked: Checked | None = None
     reasons: tuple[str, ...] = ()
 
     @property
@@ -128,8 +170,10 @@ async def statuses(engine: AsyncEngine, config: SyncConfig) -> list[BackendSyncS
     """Return every registered secondary by name, exact and all in one snapshot, judged by the limits of `config`."""
     found: list[BackendSyncStatus] = []
     for row in await _rows(engine, LAG, config.database_schema, {}):
-        *known, endings = _plain(row)
-        status = BackendSyncStatus(*known)
+        columns = len(Checked.__struct_fields__)
+        *known, endings = _plain(row)[:-columns]
+        proof = _plain(row)[-columns:]
+        status = BackendSyncStatus(*known, None if proof[0] is None else Checked(*proof))
         found.append(msgspec.structs.replace(status, reasons=reasons_of(status, endings, config)))
     return found
 
@@ -143,6 +187,10 @@ def reasons_of(status: BackendSyncStatus, endings: Sequence[str | None], config:
     if status.status == "removed":
         return ()
     reasons = _behind(status, config) if status.status == "live" else []
+    if status.beyond is not None:
+        reasons.insert(0, f"ahead: it holds position {status.beyond:,}, which the primary has not given")
+    if status.checked is not None and status.checked.left:
+        reasons.append(f"drift: {status.checked.left:,} resources differed when last compared")
     if status.dead:
         reasons.append(f"dead keys: {status.dead:,}")
     # One that probes was open a moment ago; an alarm must not go off and on with every probe.

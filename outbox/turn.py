@@ -41,7 +41,8 @@ select secondary.status, secondary.ordering, secondary.breaker, secondary.breake
            order by hold.next_attempt_at
            limit 1
        ), false) as suspects,
-       greatest(secondary.looked_at - statement_timestamp(), interval '0') as ahead
+       greatest(secondary.looked_at - statement_timestamp(), interval '0') as ahead,
+       secondary.beyond is not null as beyond
 from {schema}.outbox_secondary as secondary
 where secondary.backend_id = :backend_id
 for no key update of secondary skip locked
@@ -101,6 +102,7 @@ class Turn(msgspec.Struct, frozen=True):
     holds: bool
     suspects: bool
     ahead: timedelta
+    beyond: bool
 
     @property
     def log_order(self) -> bool:

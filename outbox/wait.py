@@ -142,8 +142,8 @@ def _found(row: Any) -> Found:
     if not row.known:
         return Found(SyncState.UNKNOWN)
     if not (row.waiting or row.in_hand or row.hold):
-        state = SyncState.DISCARDED if row.discarded else SyncState.APPLIED
-        return Found(state, row.attempts or None, row.error_code)
+        given_up = SyncState.REMOVED if row.status == "removed" else SyncState.DISCARDED
+        return Found(given_up if row.discarded else SyncState.APPLIED, row.attempts or None, row.error_code)
     if row.hold == "dead" and not row.waiting:
         return Found(SyncState.DEAD, row.attempts, row.error_code)
     if row.status not in ("live", "shadow", "draining"):

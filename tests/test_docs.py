@@ -139,6 +139,67 @@ def test_the_secondaries_page_s_store_is_one(tmp_path: Path, postgres: PostgresS
     assert " passed" in run(there, sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "test_notes.py")
 
 
+PROVE = """
+import asyncio
+from page import *
+
+async def main() -> None:
+    async with engine.begin() as connection:
+        await connection.run_sync(Base.metadata.create_all)
+    await manager.register()
+    async with manager.session() as session, session.begin():
+        session.add_all([Patient(id=str(n), tenant="north", resource='{"n": %d}' % n) for n in range(3)])
+    await manager.relay().drain()
+    del manager.registrations[0].secondary.held["north", "Patient", "1"]
+    await prove()
+    await restore()
+    await manager.relay().drain()
+    await prove()
+    await engine.dispose()
+
+asyncio.run(main())
+"""
+
+
+def test_the_proof_page_s_code_proves_and_restores_and_its_sql_tells_who(
+    tmp_path: Path, postgres: PostgresServer
+) -> None:
+    (tmp_path / "page.py").write_text("\n".join(blocks("docs/proof.md", "python")))
+    (tmp_path / "use.py").write_text(PROVE)
+    who, proofs = blocks("docs/proof.md", "sql")
+    with new_database(postgres) as name:
+        there = tmp_path, os.environ | {"OUTBOX_DSN": postgres.dsn(name)}
+        run(there, *OUTBOX, "migrate", "--dsn", postgres.dsn(name))
+        printed = run(there, sys.executable, "use.py").splitlines()
+        with psycopg.connect(postgres.dsn(name, "postgresql")) as connection:
+            repairs = [row for row in connection.execute(who).fetchall() if row[-1]]
+            compared = connection.execute(proofs).fetchall()
+    equal, lost = "0 missing, 0 extra, 0 stale, 0 altered", "1 missing, 0 extra, 0 stale, 0 altered"
+    assert printed == [lost, "1 repaired", equal]
+    assert [row[1:3] for row in repairs] == [("ada", "disk failure on the 14th")]
+    assert [row[3] for row in compared] == [0, 1, 1]
+
+
+def test_the_lifecycle_page_s_code_runs_and_prints_what_it_says(tmp_path: Path, postgres: PostgresServer) -> None:
+    """D7."""
+    (tmp_path / "page.py").write_text("\n".join(blocks("docs/secondaries-lifecycle.md", "python")))
+    [said] = blocks("docs/secondaries-lifecycle.md", "text")
+    with new_database(postgres) as name:
+        application = tmp_path, os.environ | {"OUTBOX_DSN": postgres.dsn(name)}
+        run(application, *OUTBOX, "migrate", "--dsn", postgres.dsn(name))
+        assert run(application, sys.executable, "page.py") == said
+
+
+def test_the_backfill_page_s_code_runs_and_ends_equal(tmp_path: Path, postgres: PostgresServer) -> None:
+    """K3."""
+    (tmp_path / "page.py").write_text("\n".join(blocks("docs/backfill.md", "python")))
+    with new_database(postgres) as name:
+        application = tmp_path, os.environ | {"OUTBOX_DSN": postgres.dsn(name)}
+        run(application, *OUTBOX, "migrate", "--dsn", postgres.dsn(name))
+        printed = run(application, sys.executable, "page.py").splitlines()
+    assert printed == ["1000 to record", "1000 recorded, finished: True", "equal: True"]
+
+
 def test_every_link_in_the_docs_leads_somewhere() -> None:
     for document in (*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")):
         for link in re.findall(r"\]\((?!http)([^)#]+)", document.read_text()):

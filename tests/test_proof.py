@@ -149,7 +149,7 @@ async def test_without_an_interval_or_tracked_classes_a_relay_carries_and_compar
 
 
 async def test_notes_that_repaired_nothing_are_pruned_and_the_latest_kept(primary: AsyncEngine) -> None:
-    manager = await tracked(primary, MemorySecondary("mirror"), keep_attempts=0.05, prune_interval=0.05)
+    await tracked(primary, MemorySecondary("mirror"), keep_attempts=0.05, prune_interval=0.05)
     insert = """
         insert into outbox_reconciliation (backend_id, tenant_id, repair, actor, reason, high_water, primary_count,
             secondary_count, missing, extra, stale, altered, in_flight, repaired, refused, started_at, finished_at)

@@ -3,7 +3,8 @@ select attempt.attempt_id,
        statement_timestamp() - hold.first_failed_at as failing_for, hold.oldest_id,
        event.tenant_id, event.resource_type, event.resource_id, event.operation, null as content, event.version,
        event.fhir_version, event.bulk_id, cast(event.headers as text) as headers, event.event_id,
-       greatest(least(event.created_at, timestamptz '9999-01-01'), timestamptz '0001-01-02') as created_at
+       greatest(least(event.created_at, timestamptz '9999-01-01'), timestamptz '0001-01-02') as created_at,
+       null as left_out
 from "public".outbox_attempt as attempt
 cross join unnest(attempt.event_ids) as owed (event_id)
 left join lateral (

@@ -1,8 +1,11 @@
 select hold.attempts, hold.lost, statement_timestamp() - hold.first_failed_at as failing_for, hold.oldest_id,
        event.tenant_id, event.resource_type, event.resource_id, event.operation,
-       cast(event.content as text) as content, event.version,
-       event.fhir_version, event.bulk_id, cast(event.headers as text) as headers, event.event_id,
-       greatest(least(event.created_at, timestamptz '9999-01-01'), timestamptz '0001-01-02') as created_at
+       case when event.content_bytes <= cast($1 as bigint) / cardinality(attempt.event_ids)
+            then cast(event.content as text) end as content,
+       event.version, event.fhir_version, event.bulk_id, cast(event.headers as text) as headers, event.event_id,
+       greatest(least(event.created_at, timestamptz '9999-01-01'), timestamptz '0001-01-02') as created_at,
+       case when event.content_bytes > cast($1 as bigint) / cardinality(attempt.event_ids)
+            then event.content_bytes end as left_out
 from "public".outbox_attempt as attempt
 cross join unnest(attempt.event_ids) as owed (event_id)
 left join lateral (
@@ -11,11 +14,11 @@ left join lateral (
 left join lateral (
     select hold.attempts, hold.lost, hold.first_failed_at, hold.oldest_id
     from "public".outbox_hold as hold
-    where hold.backend_id = $1
+    where hold.backend_id = $2
       and hold.key_hash = hashtextextended(event.tenant_id || '/' || event.resource_type || '/' || event.resource_id, 0)
       and hold.tenant_id = event.tenant_id
       and hold.resource_type = event.resource_type and hold.resource_id = event.resource_id
     offset 0
 ) as hold on true
-where attempt.backend_id = $1 and attempt.attempt_id = $2
-  and attempt.relay_id = cast($3 as uuid) and attempt.finished_at is null
+where attempt.backend_id = $2 and attempt.attempt_id = $3
+  and attempt.relay_id = cast($4 as uuid) and attempt.finished_at is null

@@ -2,7 +2,9 @@ select lag.backend_id, lag.status, lag.pending, lag.in_flight, lag.failing, lag.
        coalesce(lag.lag, interval '0') as lag, lag.breaker, lag.last_success_at, lag.last_error_at, lag.last_error_code,
        lag.applied, lag.stale, lag.superseded, lag.retried, lag.rejected, lag.lost, lag.discarded,
        lag.looked_at, lag.silence,
-       latest.throughput, latest.endings
+       latest.throughput, lag.beyond, latest.endings,
+       proof.finished_at, proof.primary_count, proof.missing, proof.extra, proof.stale, proof.altered, proof.in_flight,
+       proof.repaired
 from "public".outbox_lag as lag
 cross join lateral (
     select cast(
@@ -24,4 +26,10 @@ cross join lateral (
         limit 100
     ) as attempt
 ) as latest
+left join lateral (
+    select * from "public".outbox_reconciliation as proof
+    where proof.backend_id = lag.backend_id and proof.tenant_id is null and proof.resource_type is null
+    order by proof.finished_at desc
+    limit 1
+) as proof on true
 order by lag.backend_id

@@ -22,7 +22,8 @@ select secondary.status, secondary.ordering, secondary.breaker, secondary.breake
            order by hold.next_attempt_at
            limit 1
        ), false) as suspects,
-       greatest(secondary.looked_at - statement_timestamp(), interval '0') as ahead
+       greatest(secondary.looked_at - statement_timestamp(), interval '0') as ahead,
+       secondary.beyond is not null as beyond
 from "public".outbox_secondary as secondary
 where secondary.backend_id = $1
 for no key update of secondary skip locked

@@ -1,0 +1,91 @@
+"""Doctor commands: look at everything that is known to go wrong, and move positions past what secondaries hold."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from typing import Annotated
+
+import typer
+from msgspec.structs import asdict
+from rich import box
+from rich.table import Table
+from rich.text import Text
+
+from outbox.ahead import Moved
+from outbox.finding import Finding, Verdict
+from outbox.manager import SyncManager
+from outbox.options import App, Config, Dsn, Json, Schema
+from outbox.reach import manager_of, reached, tables_of
+from outbox.render import console, json_text
+
+__all__ = ["doctor"]
+
+_STYLES = {Verdict.OK: "green", Verdict.WARNING: "yellow", Verdict.WRONG: "red", Verdict.UNKNOWN: "dim"}
+
+
+def doctor(
+    app: App = None,
+    config: Config = None,
+    dsn: Dsn = None,
+    schema: Schema = None,
+    *,
+    repair: Annotated[
+        bool,
+        typer.Option("--repair/--dry-run", help="Move positions past what any secondary holds, or only tell."),
+    ] = False,
+    json: Json = False,
+) -> None:
+    """Look at the primary, the tables and every secondary; say what is wrong and what to do next.
+
+    Exit status 1 when something is wrong. With --dsn alone the secondaries themselves are not asked.
+    """
+    if app is not None or config is not None:
+        manager = manager_of(app, config)
+    else:
+        tables = tables_of(None, None, dsn, schema)
+        manager = SyncManager(tables.engine, config=tables.config)
+    moved, findings = asyncio.run(_examine(manager, repair=repair))
+    wrong = any(each.verdict is Verdict.WRONG for each in findings)
+    if json:
+        document = {"ok": not wrong, "findings": findings} | ({"moved": asdict(moved)} if moved else {})
+        typer.echo(json_text(document))
+    else:
+        if moved is not None:
+            typer.echo(_moved_text(moved))
+        console().print(_finding_table(findings))
+    if wrong:
+        raise typer.Exit(1)
+
+
+async def _examine(manager: SyncManager, *, repair: bool) -> tuple[Moved | None, list[Finding]]:
+    try:
+        if not repair:
+            return None, await manager.diagnose()
+        async with reached(manager.engine):
+            return await manager.move_past(), await manager.diagnose()
+    finally:
+        await manager.aclose()
+        await manager.engine.dispose()
+
+
+def _finding_table(findings: Sequence[Finding]) -> Table:
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for name in ("looked at", "verdict", "found", "next"):
+        table.add_column(name, overflow="fold")
+    for each in findings:
+        table.add_row(each.name, Text(each.verdict, _STYLES[each.verdict]), each.found, each.advice)
+    return table
+
+
+def _moved_text(moved: Moved) -> str:
+    if moved.after == moved.before:
+        done = f"positions stay at {moved.after:,}: no secondary that could be asked holds a higher one"
+    else:
+        done = f"moved positions from {moved.before:,} to {moved.after:,}: the next one is above all that is held"
+    if moved.ahead:
+        again = "; ".join(f"outbox reconcile {name} --repair" for name in moved.ahead)
+        done += f"\nwhat these hold is not known before they are reconciled: {again}"
+    if moved.unasked:
+        done += f"\nnot asked, because they cannot say or did not answer: {', '.join(moved.unasked)}"
+    return done

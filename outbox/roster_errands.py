@@ -1,0 +1,69 @@
+"""Roster errands: what the commands about coming and going secondaries have done. Every connection is closed after."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+from outbox.manager import SyncManager
+from outbox.migrate import check_schema
+from outbox.reach import manager_of, reached, tables_of
+from outbox.retire import Removal
+from outbox.roster import Addition
+
+__all__ = ["add", "drain", "manager_for", "promote", "rebuild", "remove"]
+
+Tell = Callable[[str], None]
+
+
+def manager_for(app: str | None, config: Path | None, dsn: str | None, schema: str | None) -> SyncManager:
+    """Return the manager that is named, else one on the given address that has no secondaries of its own."""
+    if app is not None or config is not None:
+        return manager_of(app, config)
+    tables = tables_of(None, None, dsn, schema)
+    return SyncManager(tables.engine, config=tables.config)
+
+
+async def add(manager: SyncManager, backend: str, tell: Tell) -> Addition:
+    """Bring a secondary to equal the primary and make it live. Raises `SchemaMissing` and what `add` raises."""
+    async with _ready(manager):
+        return await manager.add(backend, tell=tell)
+
+
+async def rebuild(manager: SyncManager, backend: str, tell: Tell) -> Addition:
+    """Fill a secondary anew beside what it holds, and switch. Raises `SchemaMissing` and what `rebuild` raises."""
+    async with _ready(manager):
+        return await manager.rebuild(backend, tell=tell)
+
+
+async def promote(manager: SyncManager, backend: str) -> None:
+    """Make a shadow live. Raises `SchemaMissing` and `UnknownSecondary`."""
+    async with _ready(manager):
+        await manager.promote(backend)
+
+
+async def drain(manager: SyncManager, backend: str, tell: Tell, *, wait: bool) -> int:
+    """Let nothing new be owed to a secondary and wait for the rest; return how many keys are dead."""
+    async with _ready(manager):
+        await manager.drain(backend)
+        tell(f"{backend} is draining: nothing new is owed to it, and relays carry the rest")
+        return await manager.drained(backend, tell=tell) if wait else 0
+
+
+async def remove(manager: SyncManager, backend: str, reason: str | None, *, discard: bool, dry_run: bool) -> Removal:
+    """Remove a secondary, or tell what it is owed. Raises `SchemaMissing`, `StillOwed` and `UnknownSecondary`."""
+    async with _ready(manager):
+        if reason is None:
+            return await manager.remove(backend, discard=discard, dry_run=dry_run)
+        return await manager.remove(backend, discard=discard, reason=reason, dry_run=dry_run)
+
+
+@asynccontextmanager
+async def _ready(manager: SyncManager) -> AsyncIterator[None]:
+    try:
+        async with reached(manager.engine):
+            await check_schema(manager.engine, manager.config.database_schema)
+            yield
+    finally:
+        await manager.aclose()

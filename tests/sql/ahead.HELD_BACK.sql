@@ -1,0 +1,1 @@
+select coalesce(max(beyond), 0) from "public".outbox_secondary

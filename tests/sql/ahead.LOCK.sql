@@ -1,0 +1,1 @@
+alter sequence "public".outbox_event_id_seq increment by 1

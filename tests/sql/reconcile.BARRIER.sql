@@ -1,1 +1,0 @@
-select cast(pg_current_xact_id() as text)

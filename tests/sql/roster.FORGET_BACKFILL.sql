@@ -1,0 +1,1 @@
+delete from "public".outbox_backfill where backend_id = $1

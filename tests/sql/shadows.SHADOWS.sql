@@ -1,0 +1,1 @@
+select backend_id from "public".outbox_secondary where status = 'shadow'
