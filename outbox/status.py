@@ -173,7 +173,8 @@ async def statuses(engine: AsyncEngine, config: SyncConfig) -> list[BackendSyncS
         columns = len(Checked.__struct_fields__)
         *known, endings = _plain(row)[:-columns]
         proof = _plain(row)[-columns:]
-        status = BackendSyncStatus(*known, None if proof[0] is None else Checked(*proof))
+        checked = None if proof[0] is None else Checked(*proof)
+        status = msgspec.structs.replace(BackendSyncStatus(*known), checked=checked)
         found.append(msgspec.structs.replace(status, reasons=reasons_of(status, endings, config)))
     return found
 
