@@ -30,7 +30,8 @@ from outbox.health import Health, HealthPart
 from outbox.judge import Drift
 from outbox.manager import SyncManager
 from outbox.operate import Which
-from outbox.reconcile import ReconciliationResult, SyncReconciler
+from outbox.reconcile import SyncReconciler
+from outbox.reconciliation import ReconciliationResult
 from outbox.record import record
 from outbox.register import Registration
 from outbox.relay import Relay

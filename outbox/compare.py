@@ -45,48 +45,61 @@ class Comparison:
         self._key = (tenant_id, resource_type)
         self._pause = pause
 
-    async def suspects(self) -> AsyncIterator[str]:
-        """Yield the id of each resource that differs, in the order of its bytes."""
+    async def walk(self, after: str | None = None) -> AsyncIterator[tuple[str, bool]]:
+        """Yield (id, True) for each resource that differs, in the order of the bytes, from above `after`.
+
+        Now and then yields (id, False): everything up to there has been compared, and whoever stops may go on above it.
+        """
         if isinstance(self._secondary, Refreshable):
             await self._secondary.refresh()
         if not isinstance(self._secondary, Summable):
-            walk = self._merged(self._ours(None, None), None, None)
+            steps = self._merged(self._ours(after, None), after, None)
         elif await self._source.can_sum(self._key[1]):
-            walk = self._by_ranges(self._secondary)
+            steps = self._by_ranges(self._secondary, after)
         else:
-            walk = self._by_pages(self._secondary)
-        async for name in walk:
-            yield name
+            steps = self._by_pages(self._secondary, after)
+        async for step in steps:
+            yield step
 
-    async def _by_ranges(self, secondary: Summable) -> AsyncIterator[str]:
-        after: str | None = None
+    async def _by_ranges(self, secondary: Summable, after: str | None) -> AsyncIterator[tuple[str, bool]]:
         dense = False
         while True:
             through = await self._source.boundary(*self._key, after, _RANGE)
-            walk = self._merged(self._ours(after, through), after, through)
+            listing = self._merged(self._ours(after, through), after, through)
             found = 0
-            async for name in walk if dense else self._narrowed(secondary, after, through):
-                found += 1
-                yield name
+            async for name, differs in listing if dense else self._narrowed(secondary, after, through):
+                found += differs
+                yield name, differs
             if through is None:
                 return
+            yield through, False
             after, dense = through, found * _DENSE > _RANGE
             await self._pause()
 
-    async def _narrowed(self, secondary: Summable, after: str | None, through: str | None) -> AsyncIterator[str]:
+    async def _narrowed(
+        self, secondary: Summable, after: str | None, through: str | None
+    ) -> AsyncIterator[tuple[str, bool]]:
         """Sum up a range on both sides; where it differs, look into its parts."""
-        ours, theirs = await asyncio.gather(
-            self._source.summarise(*self._key, after, through), secondary.summarise(*self._key, after, through)
-        )
+        ours, theirs = await self._summaries(secondary, after, through)
         if ours == theirs:
             self._count(ours)
         elif ours.count <= _LEAF or theirs.count == 0:
-            async for name in self._merged(self._ours(after, through), after, through):
-                yield name
+            async for step in self._merged(self._ours(after, through), after, through):
+                yield step
         else:
             async for low, high in self._parts(after, through, -(-ours.count // _PARTS)):
-                async for name in self._narrowed(secondary, low, high):
-                    yield name
+                async for step in self._narrowed(secondary, low, high):
+                    yield step
+
+    async def _summaries(self, secondary: Summable, after: str | None, through: str | None) -> tuple[Summary, Summary]:
+        """Sum up a range on both sides at once; if the secondary cannot, nothing of the primary's goes on."""
+        summing = asyncio.ensure_future(self._source.summarise(*self._key, after, through))
+        try:
+            theirs = await secondary.summarise(*self._key, after, through)
+            return await summing, theirs
+        finally:
+            summing.cancel()
+            await asyncio.gather(summing, return_exceptions=True)
 
     async def _parts(
         self, after: str | None, through: str | None, step: int
@@ -100,48 +113,47 @@ class Comparison:
             yield low, high
             low = high
 
-    async def _by_pages(self, secondary: Summable) -> AsyncIterator[str]:
-        after: str | None = None
-        async for page in self._source.pages(*self._key):
+    async def _by_pages(self, secondary: Summable, after: str | None) -> AsyncIterator[tuple[str, bool]]:
+        async for page in self._source.pages(*self._key, after):
             through = page[-1].resource_id
-            async for name in self._page(secondary, page, after, through):
-                yield name
+            async for step in self._page(secondary, page, after, through):
+                yield step
+            yield through, False
             after = through
             await self._pause()
         # Whatever the secondary holds above the primary's last.
-        async for name in self._page(secondary, [], after, None):
-            yield name
+        async for step in self._page(secondary, [], after, None):
+            yield step
 
     async def _page(
         self, secondary: Summable, page: list[PrimaryRow], after: str | None, through: str | None
-    ) -> AsyncIterator[str]:
+    ) -> AsyncIterator[tuple[str, bool]]:
         ours = Summary(len(page), sum(row.fingerprint for row in page))
         if ours == await secondary.summarise(*self._key, after, through):
             self._count(ours)
             return
-        async for name in self._merged(_each(page), after, through):
-            yield name
+        async for step in self._merged(_each(page), after, through):
+            yield step
 
     async def _merged(
         self, ours: AsyncIterator[tuple[str, str]], after: str | None, through: str | None
-    ) -> AsyncIterator[str]:
-        """Walk two listings of a range side by side; yield what is on one side only, or differs."""
+    ) -> AsyncIterator[tuple[str, bool]]:
+        """Walk two listings of a range side by side; what is on one side only differs too."""
         async with aclosing(self._theirs(after, through)) as theirs:
             left, right = await anext(ours, None), await anext(theirs, None)
             while left is not None or right is not None:
                 if right is None or (left is not None and left[0].encode() < right.resource_id.encode()):
                     assert left is not None
                     self.primary_count += 1
-                    yield left[0]
+                    yield left[0], True
                     left = await anext(ours, None)
                 elif left is None or right.resource_id.encode() < left[0].encode():
                     self.secondary_count += 1
-                    yield right.resource_id
+                    yield right.resource_id, True
                     right = await anext(theirs, None)
                 else:
                     self._count(Summary(1, 0))
-                    if left[1] != right.digest:
-                        yield left[0]
+                    yield left[0], left[1] != right.digest
                     left, right = await anext(ours, None), await anext(theirs, None)
 
     async def _ours(self, after: str | None, through: str | None) -> AsyncIterator[tuple[str, str]]:

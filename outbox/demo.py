@@ -20,7 +20,7 @@ from outbox.demo_screen import Act, Screen, open_screen
 from outbox.demo_stage import CACHE, REPORTING, SEARCH, DemoFailed, Stage, Statuses, open_stage
 from outbox.interrupt import until_signal
 from outbox.migrate import migrate
-from outbox.reconcile import ReconciliationResult
+from outbox.reconciliation import ReconciliationResult
 from outbox.render import drift_text
 from outbox.status import lag_text
 from outbox.testing.fhir import FhirResource

@@ -17,7 +17,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from outbox.reconcile import ReconciliationResult
+from outbox.reconciliation import ReconciliationResult
 from outbox.status import BackendSyncStatus, lag_text
 
 __all__ = ["Act", "Screen", "open_screen"]

@@ -17,7 +17,7 @@ from outbox.manager import SyncManager
 from outbox.migrate import check_schema, migrate
 from outbox.operate import Which
 from outbox.reach import Tables, Unreached, place_of, reached
-from outbox.reconcile import ReconciliationResult, Terms
+from outbox.reconciliation import ReconciliationResult, Terms
 from outbox.relay import Relay
 from outbox.status import BackendSyncStatus, Failure, failures, statuses
 

@@ -1,6 +1,7 @@
 """Proof: a relay compares its secondaries with the primary again and again, slowly, so that status can say since when.
 
 It finds and tells; it repairs nothing. One relay at a time does it for a secondary: whoever writes that it begins.
+Where it stands is written down too, so that the next relay goes on there, however often relays are restarted.
 """
 
 from __future__ import annotations
@@ -9,32 +10,45 @@ import asyncio
 import logging
 import time
 from collections.abc import Sequence
+from datetime import timedelta
+from functools import partial
 
+import msgspec
 from sqlalchemy import text
 from sqlalchemy.ext.asyncio import AsyncEngine
 
 from outbox.capture import Tracking
 from outbox.errors import OutboxError, Unavailable
 from outbox.primary import PRIMARY_FAILED, code_of
-from outbox.reconcile import ReconciliationResult, SyncReconciler, Terms
+from outbox.reconcile import SyncReconciler
+from outbox.reconciliation import ReconciliationResult, Standing, Terms
 from outbox.register import Registration
 from outbox.settings import SyncConfig
 from outbox.source import Source
 from outbox.statement import Statement
 
-__all__ = ["BEGIN", "Proof"]
+__all__ = ["BEGIN", "STAND", "Proof"]
 
 _log = logging.getLogger("outbox.proof")
 
-# A relay that dies in the middle has begun; the next comparison is due an interval later.
+# Due is what came to its end an interval ago, and what nobody has gone on with for a while: its relay is gone.
 BEGIN = Statement("""
 update {schema}.outbox_secondary
-set proof_begun_at = statement_timestamp()
+set proof_at = statement_timestamp()
 where backend_id = :backend_id and status = 'live'
-  and coalesce(proof_begun_at, registered_at) <= statement_timestamp() - cast(:every as interval)
-returning backend_id
+  and coalesce(proof_at, registered_at) <= statement_timestamp()
+      - case when proof_standing is null then cast(:every as interval) else cast(:patience as interval) end
+returning coalesce(cast(proof_standing as text), '') as standing
 """)
 
+STAND = Statement("""
+update {schema}.outbox_secondary
+set proof_at = statement_timestamp(), proof_standing = cast(cast(:standing as text) as json)
+where backend_id = :backend_id
+""")
+
+# Longer than anybody pauses between two pages, and waits for what is under way.
+_PATIENCE = timedelta(minutes=10)
 _TERMS = Terms(actor="relay", reason="continuous proof")
 
 
@@ -59,30 +73,33 @@ class Proof:
             await asyncio.sleep(min(every.total_seconds() / 10, 60))
             if self._source.resource_types:
                 for each in self._registrations:
-                    await self._prove_if_due(each)
+                    await self.prove_if_due(each)
 
-    async def prove(self, registration: Registration) -> ReconciliationResult:
+    async def prove(self, registration: Registration, standing: Standing | None = None) -> ReconciliationResult:
         """Compare one secondary now, at the pace of the background. Raises what `SyncReconciler.reconcile` raises."""
         self._resumed_at = time.monotonic()
-        schema = self._config.database_schema
-        reconciler = SyncReconciler(self._engine, self._source, registration.secondary, schema, _TERMS, self._pause)
-        return await reconciler.reconcile()
+        schema, secondary = self._config.database_schema, registration.secondary
+        told = partial(self._stand, registration.backend_id)
+        reconciler = SyncReconciler(self._engine, self._source, secondary, schema, _TERMS, self._pause, told)
+        found = await reconciler.reconcile(standing=standing)
+        await self._stand(registration.backend_id, None)
+        return found
 
-    async def _prove_if_due(self, registration: Registration) -> None:
+    async def prove_if_due(self, registration: Registration) -> None:
+        """Compare one secondary if it is due and nobody else does; whatever is in the way is told, and comes again."""
         backend_id = registration.backend_id
         fields: dict[str, object] = {"outbox_backend_id": backend_id}
         try:
-            if not await self._begins(backend_id):
-                return
-            found = await self.prove(registration)
+            standing = await self._begin(backend_id)
+            if standing is not None:
+                found = await self.prove(registration, _parsed(standing))
+                self._tell(found, fields)
         except Unavailable as error:
             _log.info("%s: not compared, as it is unavailable (%s)", backend_id, error.code, extra=fields)
         except PRIMARY_FAILED as error:
             _log.warning("%s: comparing failed (%s)", backend_id, code_of(error), extra=fields)
         except OutboxError as error:
             _log.warning("%s: comparing failed (%s)", backend_id, type(error).__name__, extra=fields)
-        else:
-            self._tell(found, fields)
 
     def _tell(self, found: ReconciliationResult, fields: dict[str, object]) -> None:
         level = logging.INFO if found.in_sync else logging.WARNING
@@ -90,14 +107,29 @@ class Proof:
         counts = (found.primary_count, found.missing, found.extra, found.stale, found.altered)
         _log.log(level, words, found.backend_id, *counts, extra=fields)
 
-    async def _begins(self, backend_id: str) -> bool:
-        parameters = {"backend_id": backend_id, "every": self._config.proof_interval}
+    async def _begin(self, backend_id: str) -> str | None:
+        """Return where to go on, as text, empty for the beginning; None when it is not due."""
+        parameters = {"backend_id": backend_id, "every": self._config.proof_interval, "patience": _PATIENCE}
         async with self._engine.begin() as connection:
-            found = await connection.scalar(text(BEGIN.on(self._config.database_schema)), parameters)
-        return found is not None
+            found: str | None = await connection.scalar(text(BEGIN.on(self._config.database_schema)), parameters)
+        return found
+
+    async def _stand(self, backend_id: str, standing: Standing | None) -> None:
+        written = None if standing is None else msgspec.json.encode(standing).decode()
+        async with self._engine.begin() as connection:
+            parameters = {"backend_id": backend_id, "standing": written}
+            await connection.execute(text(STAND.on(self._config.database_schema)), parameters)
 
     async def _pause(self) -> None:
         """Rest as long as keeps the work within its share."""
         worked = time.monotonic() - self._resumed_at
         await asyncio.sleep(worked * (1 / self._config.proof_share - 1))
         self._resumed_at = time.monotonic()
+
+
+def _parsed(standing: str) -> Standing | None:
+    """Return where to go on; what another version wrote is begun anew."""
+    try:
+        return msgspec.json.decode(standing, type=Standing) if standing else None
+    except msgspec.MsgspecError:
+        return None

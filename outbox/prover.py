@@ -16,7 +16,8 @@ from outbox.errors import UnknownSecondary
 from outbox.find import Asked
 from outbox.finding import Case, Finding
 from outbox.forget import Eraser, Evidence
-from outbox.reconcile import ReconciliationResult, SyncReconciler, Terms
+from outbox.reconcile import SyncReconciler
+from outbox.reconciliation import ReconciliationResult, Terms
 from outbox.register import Registration
 from outbox.secondaries.base import Secondary
 from outbox.settings import SyncConfig

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
-from datetime import datetime, timedelta
+from collections.abc import Awaitable, Callable, Sequence
+from datetime import timedelta
 from typing import Any
 
 import msgspec
@@ -18,15 +18,16 @@ from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import AsyncEngine
 
 from outbox.compare import Comparison
-from outbox.errors import UnknownSecondary
-from outbox.judge import Drift, Judge, Patience
+from outbox.errors import SettingsError, UnknownSecondary
+from outbox.judge import Judge, Patience
 from outbox.primary import code_of
+from outbox.reconciliation import ReconciliationResult, Standing, Terms
 from outbox.repair import Repairer
 from outbox.secondaries.base import Listable, Secondary
 from outbox.source import Source
 from outbox.statement import Statement
 
-__all__ = ["NOTE", "TERMS", "ReconciliationResult", "SyncReconciler", "Terms"]
+__all__ = ["NOTE", "TERMS", "SyncReconciler"]
 
 _log = logging.getLogger("outbox.reconcile")
 
@@ -46,87 +47,24 @@ values
 _Scope = tuple[str, str]
 _KINDS = ("missing", "extra", "stale", "altered")
 _COUNTS = ("primary_count", "secondary_count", *_KINDS, "in_flight", "repaired", "refused")
-_SAMPLES = 10
 _TOGETHER = 500
+_TELL_EVERY = 1.0
 # What a role that may only read, or a server that does, answers to the note.
 _MAY_NOT_WRITE = ("42501", "25006")
-
-
-class Terms(msgspec.Struct, frozen=True):
-    """How a comparison is done, and for whom.
-
-    `patience`: how long, for each tenant and type, deliveries under way are waited for before what they carry is left
-    out as in flight. `most_deletes`: repair deletes extras only while they are no more than this share of what the
-    secondary holds (never fewer than ten), of a tenant and type and of all that was compared, and no more than
-    `most_deleted`; so that a wrong or empty listing empties nothing, not even many small tenants one by one. `actor`
-    and `reason` are written down with every repair.
-    """
-
-    patience: timedelta = timedelta(seconds=30)
-    most_deletes: float = 0.05
-    most_deleted: int = 10_000
-    actor: str = ""
-    reason: str = ""
-
-
-class ReconciliationResult(msgspec.Struct):
-    """What a comparison found: exact counts, the first ten of each kind as `samples`.
-
-    `in_flight` counts resources that differed only because a delivery was under way or failed, or because a write came
-    in between; `in_flight_why` says which. `repaired` counts repair events recorded; `refused` extras left alone as too
-    many looked deletable. Whatever was recorded up to position `high_water` was taken into account. `listed` is of how
-    many resources the content was read, the others being equal in sum.
-    """
-
-    backend_id: str
-    primary_count: int = 0
-    secondary_count: int = 0
-    missing: int = 0
-    extra: int = 0
-    stale: int = 0
-    altered: int = 0
-    in_flight: int = 0
-    repaired: int = 0
-    refused: int = 0
-    listed: int = 0
-    high_water: int = 0
-    started_at: datetime | None = None
-    duration: timedelta = timedelta(0)
-    in_flight_why: dict[str, int] = msgspec.field(default_factory=dict)
-    samples: list[Drift] = msgspec.field(default_factory=list)
-
-    @property
-    def in_sync(self) -> bool:
-        """Whether nothing is missing, extra, stale or altered."""
-        return not (self.missing or self.extra or self.stale or self.altered)
-
-    @property
-    def rate(self) -> float:
-        """Resources of the larger side per second."""
-        return max(self.primary_count, self.secondary_count) / max(self.duration.total_seconds(), 1e-6)
-
-    def count(self, drifts: Sequence[Drift]) -> None:
-        """Add what some suspects showed."""
-        for drift in drifts:
-            setattr(self, drift.kind, getattr(self, drift.kind) + 1)
-            if sum(sample.kind == drift.kind for sample in self.samples) < _SAMPLES:
-                self.samples.append(drift)
-
-    def set_aside(self, others: dict[str, int]) -> None:
-        """Add suspects that turned out to be none."""
-        for why, number in others.items():
-            self.in_flight += number
-            self.in_flight_why[why] = self.in_flight_why.get(why, 0) + number
 
 
 async def _at_once() -> None:
     """Pause for nothing."""
 
 
+async def _nobody(_: Standing) -> None:
+    """Tell nobody."""
+
+
 class SyncReconciler:
     """Compares one secondary with the primary. It reads both sides and writes outbox events and a note, nothing else.
 
-    `pause` is awaited between pages: whoever wants to be slow sleeps there.
+    `pause` is awaited between pages: whoever wants to be slow sleeps there. `told` is awaited once a second or so.
     """
 
     def __init__(
@@ -137,6 +75,7 @@ class SyncReconciler:
         schema: str,
         terms: Terms | None = None,
         pause: Callable[[], Awaitable[None]] = _at_once,
+        told: Callable[[Standing], Awaitable[None]] = _nobody,
     ) -> None:
         self._engine = engine
         self._source = source
@@ -144,48 +83,87 @@ class SyncReconciler:
         self._schema = schema
         self._terms = terms or Terms()
         self._pause = pause
+        self._told = told
+        self._tell_at = 0.0
 
     async def reconcile(
-        self, tenant_id: str | None = None, resource_type: str | None = None, *, repair: bool = False
+        self,
+        tenant_id: str | None = None,
+        resource_type: str | None = None,
+        *,
+        repair: bool = False,
+        standing: Standing | None = None,
     ) -> ReconciliationResult:
         """Compare every tenant and type, or the given ones; with `repair`, record an event for each that differs.
 
+        Given a `standing`, goes on from there; what was found to be extra before that is then not repaired.
         Repair reads the primary's row under lock and owes the event to this secondary only. Raises `UnknownSecondary`
         when the registry does not have the secondary, and `Unavailable` when a side cannot be read to its end.
         """
-        started = time.monotonic()
-        result = ReconciliationResult(self._secondary.backend_id)
         scopes = await self._scopes(tenant_id, resource_type)
-        result.started_at, result.high_water = await self._judge().position()
-        removable = [(scope, await self._reconcile(scope, result, repair=repair)) for scope in scopes]
+        if standing is None:
+            result = ReconciliationResult(self._secondary.backend_id)
+            result.started_at, result.high_water = await self._judge().position()
+        else:
+            result = msgspec.structs.replace(standing.result)
+            scopes = [scope for scope in scopes if scope >= standing.scope]
+        started = time.monotonic() - result.duration.total_seconds()
+        removable = []
+        for scope in scopes:
+            after = standing.after if standing is not None and scope == standing.scope else None
+            removable.append((scope, await self._reconcile(scope, after, result, started, repair=repair)))
         if repair:
             await self._remove(removable, result)
         result.duration = timedelta(seconds=time.monotonic() - started)
         await self._note(result, {"tenant_id": tenant_id, "resource_type": resource_type, "repair": repair})
         return result
 
-    async def _reconcile(self, scope: _Scope, result: ReconciliationResult, *, repair: bool) -> list[str]:
+    async def _reconcile(
+        self, scope: _Scope, after: str | None, result: ReconciliationResult, started: float, *, repair: bool
+    ) -> list[str]:
         """Compare one tenant and type; return the extras that repair may remove if they are few in all, too."""
         walk = Comparison(self._source, self._secondary, *scope, self._pause)
-        judge, extras, removable = self._judge(), 0, list[str]()
-        async for names in _together(walk.suspects()):
-            verdict = await judge.judge(*scope, names)
-            result.count(verdict.drifts)
-            result.set_aside(verdict.others)
-            if repair:
-                others = [drift.resource_id for drift in verdict.drifts if drift.kind != "extra"]
-                result.repaired += await self._repairer.restore(*scope, others)
-                found = [drift.resource_id for drift in verdict.drifts if drift.kind == "extra"]
-                extras += len(found)
-                # Beyond that nothing is removed, and what cannot be is not kept.
-                removable += found if result.extra <= self._terms.most_deleted else []
+        judge, extras, removable, names = self._judge(), result.extra, list[str](), list[str]()
+        async for name, differs in walk.walk(after):
+            if differs:
+                names.append(name)
+            tells = not differs and time.monotonic() >= self._tell_at
+            if len(names) == _TOGETHER or tells:
+                removable += await self._decide(judge, scope, names, result, repair=repair)
+                names = []
+            if tells:
+                await self._tell(Standing(_with(result, walk, started), *scope, name))
+        removable += await self._decide(judge, scope, names, result, repair=repair)
         result.primary_count += walk.primary_count
         result.secondary_count += walk.secondary_count
         result.listed += walk.listed
+        extras = result.extra - extras
         if self._are_few(extras, walk.secondary_count):
             return removable
         result.refused += extras
         return []
+
+    async def _decide(
+        self, judge: Judge, scope: _Scope, names: Sequence[str], result: ReconciliationResult, *, repair: bool
+    ) -> list[str]:
+        """Judge suspects, and restore what is there; return those that are extra."""
+        if not names:
+            return []
+        verdict = await judge.judge(*scope, names)
+        result.count(verdict.drifts)
+        result.set_aside(verdict.others)
+        if not repair:
+            return []
+        others = [drift.resource_id for drift in verdict.drifts if drift.kind != "extra"]
+        result.repaired += await self._repairer.restore(*scope, others)
+        # Beyond that nothing is removed, and what cannot be is not kept.
+        if result.extra > self._terms.most_deleted:
+            return []
+        return [drift.resource_id for drift in verdict.drifts if drift.kind == "extra"]
+
+    async def _tell(self, standing: Standing) -> None:
+        await self._told(standing)
+        self._tell_at = time.monotonic() + _TELL_EVERY
 
     async def _remove(self, removable: Sequence[tuple[_Scope, list[str]]], result: ReconciliationResult) -> None:
         extras = result.extra - result.refused
@@ -205,9 +183,13 @@ class SyncReconciler:
             terms = rows.one_or_none()
         if terms is None:
             raise UnknownSecondary(self._secondary.backend_id, "the registry does not have it; a relay puts it there")
+        types = self._source.resource_types
+        if resource_type not in (None, *types):
+            # To compare nothing and call it equal would be the worst answer.
+            raise SettingsError("resource_type", f"{resource_type!r} is not tracked; tracked are {', '.join(types)}")
         found = await self._source.scopes(tenant_id, resource_type)
         if isinstance(self._secondary, Listable):
-            found |= {scope for scope in await self._secondary.scopes() if scope[1] in self._source.resource_types}
+            found |= {scope for scope in await self._secondary.scopes() if scope[1] in types}
         return sorted(
             (tenant, kind)
             for tenant, kind in found
@@ -246,12 +228,12 @@ class SyncReconciler:
         )
 
 
-async def _together(suspects: AsyncIterator[str]) -> AsyncIterator[list[str]]:
-    names: list[str] = []
-    async for name in suspects:
-        names.append(name)
-        if len(names) == _TOGETHER:
-            yield names
-            names = []
-    if names:
-        yield names
+def _with(result: ReconciliationResult, walk: Comparison, started: float) -> ReconciliationResult:
+    """Return what a result is with what a walk has seen so far."""
+    return msgspec.structs.replace(
+        result,
+        primary_count=result.primary_count + walk.primary_count,
+        secondary_count=result.secondary_count + walk.secondary_count,
+        listed=result.listed + walk.listed,
+        duration=timedelta(seconds=time.monotonic() - started),
+    )

@@ -12,7 +12,7 @@ import typer
 from outbox import errands
 from outbox.options import App, Backend, Config, Json
 from outbox.reach import manager_of
-from outbox.reconcile import ReconciliationResult, Terms
+from outbox.reconciliation import ReconciliationResult, Terms
 from outbox.render import console, drift_table, drift_text, json_text
 from outbox.status import lag_text
 

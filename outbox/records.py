@@ -6,6 +6,7 @@ from typing import Any
 
 from sqlalchemy import (
     ARRAY,
+    JSON,
     BigInteger,
     Boolean,
     CheckConstraint,
@@ -87,8 +88,10 @@ def secondary(tables: MetaData) -> Table:
         Column("doubted_at", INSTANT),
         # A position it holds that the primary has not given; nothing is carried to it until positions are past that.
         Column("beyond", BigInteger),
-        # When a relay last began to compare it with the primary in the background.
-        Column("proof_begun_at", INSTANT),
+        # When a relay last worked at comparing it with the primary in the background, and where that stands; null when
+        # the last comparison came to its end.
+        Column("proof_at", INSTANT),
+        Column("proof_standing", JSON),
         Column("registered_at", INSTANT, nullable=False, server_default=now()),
         CheckConstraint(
             "role in ('search', 'graph', 'terminology', 'archive', 'cache')", name="outbox_secondary_role_known"

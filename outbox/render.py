@@ -15,7 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from outbox.judge import Drift
-from outbox.reconcile import ReconciliationResult
+from outbox.reconciliation import ReconciliationResult
 from outbox.status import BackendSyncStatus, Checked, Failure, lag_text
 
 __all__ = ["console", "drift_table", "drift_text", "failure_table", "json_text", "status_table"]

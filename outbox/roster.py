@@ -16,7 +16,7 @@ from outbox.backfill import BackfillProgress
 from outbox.errors import SettingsError, StillOwed, UnknownSecondary
 from outbox.lanes import HIGHEST
 from outbox.prover import Prover
-from outbox.reconcile import ReconciliationResult
+from outbox.reconciliation import ReconciliationResult
 from outbox.register import Registration, register
 from outbox.relay import Relay
 from outbox.retire import Removal, retire

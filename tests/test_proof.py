@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import json
 import logging
 import time
 from datetime import timedelta
@@ -93,7 +95,7 @@ async def test_of_many_relays_one_compares(primary: AsyncEngine) -> None:
     (registration,) = manager.registrations
     proofs = [Proof(primary, [registration], manager.config, manager.tracking) for _ in range(4)]
     for proof in proofs:
-        await proof._prove_if_due(registration)
+        await proof.prove_if_due(registration)
     assert await value(primary, "select count(*) from outbox_reconciliation") == 1
 
 
@@ -102,7 +104,7 @@ async def test_who_is_not_live_is_let_be(primary: AsyncEngine, status: str) -> N
     manager = await tracked(primary, MemorySecondary("mirror"), proof_interval=0.01)
     await execute(primary, f"update outbox_secondary set status = '{status}'")
     (registration,) = manager.registrations
-    await Proof(primary, [registration], manager.config, manager.tracking)._prove_if_due(registration)
+    await Proof(primary, [registration], manager.config, manager.tracking).prove_if_due(registration)
     assert await value(primary, "select count(*) from outbox_reconciliation") == 0
 
 
@@ -117,6 +119,56 @@ async def test_a_secondary_that_cannot_be_listed_is_told_and_the_others_are_comp
     assert await rows(primary, "select distinct backend_id from outbox_reconciliation") == [{"backend_id": "mirror"}]
     assert (await manager.backend_status("away")).checked is None
     assert "away: not compared, as it is unavailable (refused)" in [each.getMessage() for each in caplog.records]
+
+
+async def test_where_it_stands_is_written_down_and_another_relay_goes_on_there(
+    primary: AsyncEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """R8: a comparison that takes longer than a relay lives comes to its end all the same."""
+    monkeypatch.setattr("outbox.reconcile._TELL_EVERY", 0.0)
+    monkeypatch.setattr("outbox.source._PAGE", 10)
+    secondary = MemorySecondary("mirror")
+    manager = await tracked(primary, secondary, proof_interval=0.01)
+    for name in ("11", "7"):
+        del secondary.held["default", "Patient", name]
+    (registration,) = manager.registrations
+    first = Proof(primary, [registration], manager.config, manager.tracking)
+    monkeypatch.setattr(first, "_pause", Killed(after=3))
+    with pytest.raises(asyncio.CancelledError):
+        await first.prove_if_due(registration)
+    standing = await value(primary, "select cast(proof_standing as text) from outbox_secondary")
+    assert json.loads(standing)["result"]["primary_count"] in (20, 30)
+    assert json.loads(standing)["result"]["missing"] == 1
+    second = Proof(primary, [registration], manager.config, manager.tracking)
+    await second.prove_if_due(registration)
+    assert await value(primary, "select count(*) from outbox_reconciliation") == 0, "its relay may still be at it"
+    await execute(primary, "update outbox_secondary set proof_at = proof_at - interval '11 minutes'")
+    asked = list[str | None]()
+    summarise = secondary.summarise
+
+    async def noted(tenant: str, kind: str, after: str | None, through: str | None) -> Any:
+        asked.append(after)
+        return await summarise(tenant, kind, after, through)
+
+    monkeypatch.setattr(secondary, "summarise", noted)
+    await second.prove_if_due(registration)
+    assert asked[0] == json.loads(standing)["after"]
+    checked = (await manager.backend_status("mirror")).checked
+    assert checked is not None
+    assert (checked.resources, checked.missing) == (50, 2)
+    assert await value(primary, "select proof_standing is null from outbox_secondary")
+
+
+class Killed:
+    """A pause during which the process ends, the third time or so."""
+
+    def __init__(self, after: int) -> None:
+        self._left = after
+
+    async def __call__(self) -> None:
+        self._left -= 1
+        if self._left == 0:
+            raise asyncio.CancelledError
 
 
 async def test_it_keeps_to_its_share_of_the_time(primary: AsyncEngine, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -145,7 +197,7 @@ async def test_without_an_interval_or_tracked_classes_a_relay_carries_and_compar
     async with running(manager.relay()):
         await write(manager, change("1"))
         await eventually(lambda: secondary.held)
-    assert await value(primary, "select proof_begun_at is null from outbox_secondary")
+    assert await value(primary, "select proof_at is null from outbox_secondary")
 
 
 async def test_notes_that_repaired_nothing_are_pruned_and_the_latest_kept(primary: AsyncEngine) -> None:

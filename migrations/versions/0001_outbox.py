@@ -293,7 +293,8 @@ def _create_secondary(schema: str) -> None:
         sa.Column("epoch", sa.Text),
         sa.Column("doubted_at", INSTANT),
         sa.Column("beyond", sa.BigInteger),
-        sa.Column("proof_begun_at", INSTANT),
+        sa.Column("proof_at", INSTANT),
+        sa.Column("proof_standing", postgresql.JSON),
         sa.Column("registered_at", INSTANT, nullable=False, server_default=NOW),
         sa.CheckConstraint(
             "role in ('search', 'graph', 'terminology', 'archive', 'cache')", name="outbox_secondary_role_known"

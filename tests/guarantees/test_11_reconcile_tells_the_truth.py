@@ -13,6 +13,7 @@ from sqlalchemy.ext.asyncio import AsyncEngine
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
 from outbox import MemorySecondary, Outcome, ReconciliationResult, SyncConfig, SyncEvent, SyncManager
+from outbox.errors import SettingsError
 from tests.waiting import eventually
 
 
@@ -79,6 +80,11 @@ async def test_equal_sides_show_no_drift(world: World) -> None:
     found = await world.manager.reconcile("mirror")
     assert found.in_sync
     assert (found.primary_count, found.secondary_count) == (150, 150)
+
+
+async def test_a_type_that_nobody_tracks_is_refused_and_not_called_equal(world: World) -> None:
+    with pytest.raises(SettingsError, match=r"'Patent' is not tracked; tracked are Patient"):
+        await world.manager.reconcile("mirror", resource_type="Patent")
 
 
 async def test_every_kind_of_drift_is_found_named_repaired_and_then_gone(world: World) -> None:
@@ -170,11 +176,7 @@ async def test_an_insert_under_way_is_never_overtaken_by_the_delete_of_an_extra(
 
 
 async def _waiting_for_others(engine: AsyncEngine) -> bool:
+    """Whether the delete has drawn its position too: two transactions have recorded something."""
     async with engine.connect() as connection:
-        found = await connection.scalar(
-            text(
-                "select exists (select from pg_stat_activity"
-                " where query like '%as writer%pg_locks%' and pid <> pg_backend_pid())"
-            )
-        )
-        return bool(found)
+        recorded = "select count(*) from pg_locks where mode = 'RowExclusiveLock' and relation = to_regclass('outbox')"
+        return bool(await connection.scalar(text(recorded)) == 2)

@@ -1,5 +1,6 @@
 update "public".outbox_secondary
-set proof_begun_at = statement_timestamp()
+set proof_at = statement_timestamp()
 where backend_id = $1 and status = 'live'
-  and coalesce(proof_begun_at, registered_at) <= statement_timestamp() - cast($2 as interval)
-returning backend_id
+  and coalesce(proof_at, registered_at) <= statement_timestamp()
+      - case when proof_standing is null then cast($2 as interval) else cast($3 as interval) end
+returning coalesce(cast(proof_standing as text), '') as standing

@@ -1,0 +1,1 @@
+select tenant_id, resource_id, content from "public".item
