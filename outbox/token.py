@@ -18,7 +18,7 @@ _FORM = "o1."
 
 
 # One group: the transaction, its runs, the names; numbers in hexadecimal, a run of several as `firstNcount`. All of it
-# is unreserved in a URL. Put together by hand, as every writer pays for it: a third of what MessagePack and base64 take.
+# is unreserved in a URL. Put together by hand, as every writer pays: a third of what MessagePack and base64 take.
 _NUMBER = "[0-9a-f]{1,16}"
 _RUN = f"{_NUMBER}(?:N{_NUMBER})?"
 _GROUP = re.compile(rf"({_NUMBER})\.({_RUN}(?:R{_RUN})*)?((?:\.[a-z0-9_-]{{1,63}})*)")

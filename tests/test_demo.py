@@ -21,7 +21,7 @@ from outbox.demo import _show_proof
 from outbox.demo_data import read_sample, revised
 from outbox.demo_stage import CACHE, REPORTING, SEARCH
 from outbox.errors import SettingsError
-from outbox.reconcile import ReconciliationResult
+from outbox.reconciliation import ReconciliationResult
 from tests.waiting import eventually
 
 EQUAL = "0 missing, 0 extra, 0 stale, 0 altered"
