@@ -10,7 +10,7 @@ BENCH := .venv/.installed-bench
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-input
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format bench clean
+.PHONY: help demo test zoo soak lint format bench clean
 
 help: ## Show this list
 	@echo "make TARGET [ARGS=...] [PYTHON=python3.12]"
@@ -21,6 +21,12 @@ demo: $(DEMO) ## See it work, in about a minute (ARGS=--once ends with an exit s
 
 test: $(TEST) ## Run every test and check (ARGS="-k claim" narrows it)
 	@$(BIN)/python -m pytest $(ARGS)
+
+zoo: $(TEST) ## Put every known defect in, one at a time: named tests must catch each
+	@OUTBOX_TEST_ZOO=all $(BIN)/python -m pytest tests/zoo $(ARGS)
+
+soak: $(TEST) ## Kill, pause and cut for an hour, and enter it in the ledger (ARGS="--seconds 600 --seed 7")
+	@$(BIN)/python -m outbox.testing.crash --seconds 3600 --ledger docs/reliability.jsonl $(ARGS)
 
 lint: $(TEST) ## Check style, types and layers only
 	@$(BIN)/ruff check .

@@ -17,7 +17,17 @@ import time
 from collections.abc import AsyncIterator, Callable
 from datetime import UTC, datetime
 
-from benchmarks import backfill, fairness, held_snapshot, latency, memory, reconcile, relay_throughput, waiters, writer_overhead
+from benchmarks import (
+    backfill,
+    fairness,
+    held_snapshot,
+    latency,
+    memory,
+    reconcile,
+    relay_throughput,
+    waiters,
+    writer_overhead,
+)
 from benchmarks.ground import Row
 from outbox.testing.postgres import EmbeddedPostgres
 

@@ -128,6 +128,7 @@ class Comparison:
     async def _page(
         self, secondary: Summable, page: list[PrimaryRow], after: str | None, through: str | None
     ) -> AsyncIterator[tuple[str, bool]]:
+        self.listed += len(page)
         ours = Summary(len(page), sum(row.fingerprint for row in page))
         if ours == await secondary.summarise(*self._key, after, through):
             self._count(ours)
