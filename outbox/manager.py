@@ -24,7 +24,7 @@ from outbox.operate import Operator
 from outbox.proof import Proof
 from outbox.rebuild import Rebuilder
 from outbox.record import record
-from outbox.register import Registration, register
+from outbox.register import Registration, check_together, register
 from outbox.relay import Relay
 from outbox.retry import RetryPolicy
 from outbox.secondaries.base import Closeable, Secondary
@@ -64,7 +64,7 @@ class SyncManager(Operator, Rebuilder):
         self._policy = retry or RetryPolicy.from_config(self.config)
         self._doorbell = Doorbell(self.config.database_schema, across_processes=self.config.doorbell)
         names = [each.backend_id for each in self.registrations]
-        _refuse_repeated(names)
+        check_together(self.registrations, self.config)
         self._waiters = Waiters(engine, self.config.database_schema)
         self._follower = Follower(self.registrations, self.config, self._own_relay, self._waiters)
         self._shadows = Shadows(engine, self.config.database_schema)
@@ -284,9 +284,3 @@ def _duration(given: timedelta | float | None, default: timedelta) -> timedelta:
     if not 0 <= seconds <= _LONGEST_WAIT:
         raise SettingsError("timeout", f"must be between 0 and {_LONGEST_WAIT} seconds")
     return timedelta(seconds=seconds)
-
-
-def _refuse_repeated(names: list[str]) -> None:
-    for name in names:
-        if names.count(name) > 1:
-            raise SettingsError("secondaries", f"{name!r} is there twice")

@@ -10,11 +10,11 @@ from typing import Any, Literal
 from sqlalchemy import Connection, text
 
 from outbox.errors import SettingsError
-from outbox.secondaries.base import Secondary
-from outbox.settings import SyncMode
+from outbox.secondaries.base import Forgetful, Secondary
+from outbox.settings import SyncConfig, SyncMode
 from outbox.statement import Statement
 
-__all__ = ["REGISTER", "Registration", "register", "register_known"]
+__all__ = ["REGISTER", "Registration", "check_together", "register", "register_known"]
 
 # Rows that say the same already are not touched: an upsert would wait for whoever has the secondary's turn.
 # Whether it is a shadow is asked of those that are new, and one that was removed comes back as one: it missed events.
@@ -105,3 +105,17 @@ def _literal(names: Sequence[str] | None) -> str | None:
         return None
     quoted = (name.replace("\\", "\\\\").replace('"', '\\"') for name in names)
     return "{" + ",".join(f'"{name}"' for name in quoted) + "}"
+
+
+def check_together(registrations: Sequence[Registration], config: SyncConfig) -> None:
+    """Raise `SettingsError` for secondaries that cannot be one manager's, or contradict its settings."""
+    names = [each.backend_id for each in registrations]
+    for name in names:
+        if names.count(name) > 1:
+            raise SettingsError("secondaries", f"{name!r} is there twice")
+    # A relay that is no longer waited for may still be writing for as long as its batch was given.
+    longest = config.attempt_deadline + config.lease
+    for each in registrations:
+        if isinstance(each.secondary, Forgetful) and each.secondary.tombstones_for < longest:
+            field = f"secondaries.{each.backend_id}.tombstones_for"
+            raise SettingsError(field, f"must not be below attempt_deadline and lease together ({longest})")

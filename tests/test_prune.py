@@ -8,6 +8,7 @@ from datetime import timedelta
 from typing import Any
 
 import pytest
+from sqlalchemy import text
 from sqlalchemy.ext.asyncio import AsyncEngine
 
 from outbox import Registration, SyncEvent, SyncManager
@@ -232,3 +233,17 @@ async def test_pruning_under_load_never_takes_what_is_owed(primary: AsyncEngine,
 
 async def _nothing_owed(primary: AsyncEngine) -> bool:
     return await pending(primary) == 0
+
+
+async def test_writers_and_claims_do_not_wait_for_a_page_that_is_being_pruned(primary: AsyncEngine) -> None:
+    """G3, G5: no lock but those of the rows that go; there are no partitions to be dropped."""
+    secondary, manager = await one(primary)
+    await write(manager, *(change(str(number)) for number in range(20)))
+    await manager.relay().drain()
+    async with raw(primary) as connection, connection.transaction():
+        assert await prune_events(connection, "public", AT_ONCE, 0) is not None
+        async with manager.session() as session, session.begin():
+            await session.execute(text("set local lock_timeout = '500ms'"))
+            session.record(change("new"))
+        assert await manager.relay().drain() == 1
+    assert secondary.sent_to("new")

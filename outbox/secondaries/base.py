@@ -15,6 +15,7 @@ __all__ = [
     "Checkable",
     "Closeable",
     "Findable",
+    "Forgetful",
     "Fresh",
     "Listable",
     "Outcome",
@@ -197,6 +198,16 @@ class Rebuildable(Protocol):
 
     async def fresh(self, backend_id: str) -> Fresh:
         """Return the one to fill: the one that was begun and not ended, else an empty one. Raises `Unavailable`."""
+        ...
+
+
+@runtime_checkable
+class Forgetful(Protocol):
+    """A secondary that remembers a delete for a while only."""
+
+    @property
+    def tombstones_for(self) -> timedelta:
+        """How long; an older event that comes later than this would bring back what was deleted."""
         ...
 
 

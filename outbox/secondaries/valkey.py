@@ -73,7 +73,7 @@ class ValkeySecondary:
         self._client = client_or_url if isinstance(client_or_url, Redis) else _connect(client_or_url)
         # It has no annotations of its own.
         self._execute: Callable[..., Awaitable[Any]] = self._client.execute_command
-        self._tombstones_for = tombstones_for // timedelta(milliseconds=1)
+        self.tombstones_for = tombstones_for
         self._timeout = timeout.total_seconds()
 
     async def apply(self, batch: Sequence[SyncEvent]) -> Sequence[Outcome]:
@@ -151,7 +151,7 @@ class ValkeySecondary:
         keys = [self._highest]
         keys += [key for event in events for key in (self._key(*event.key), self._key(*event.key[:2]))]
         values = [value for event in events for value in values_of(event)]
-        arguments = (len(keys), *keys, self._tombstones_for, *values)
+        arguments = (len(keys), *keys, self.tombstones_for // timedelta(milliseconds=1), *values)
         try:
             applied = await self._execute("EVALSHA", APPLY_SHA, *arguments)
         except NoScriptError:

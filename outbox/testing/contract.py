@@ -14,6 +14,7 @@ A backend's test file is a subclass with one fixture, a fresh and empty secondar
 from __future__ import annotations
 
 import asyncio
+import random
 import time
 from collections.abc import AsyncGenerator, Iterable
 from itertools import chain, permutations, product
@@ -30,6 +31,16 @@ __all__ = ["SecondaryContract"]
 
 def _kinds(outcomes: Iterable[Outcome]) -> list[type[Outcome]]:
     return [type(outcome) for outcome in outcomes]
+
+
+def _without_repeats(events: Iterable[SyncEvent]) -> list[list[SyncEvent]]:
+    """Cut events into batches in which no key is twice, as a relay does."""
+    batches: list[list[SyncEvent]] = [[]]
+    for event in events:
+        if event.resource_id in {other.resource_id for other in batches[-1]}:
+            batches.append([])
+        batches[-1].append(event)
+    return batches
 
 
 @pytest.mark.asyncio
@@ -63,6 +74,22 @@ class SecondaryContract(CapabilityContract):
             await secondary.apply([(remove if n == deleted else write)(key, n) for key, n in came])
         alive = [] if deleted == 3 else [write(f"p{number}", 3) for number, _ in orders]
         assert await seen(secondary) == held(alive)
+
+    @pytest.mark.parametrize("seed", range(4))
+    async def test_any_prefix_again(self, secondary: Secondary, seed: int) -> None:
+        """C3: any prefix of a history, applied again in any order and cut in any way, changes nothing."""
+        dice = random.Random(seed)  # noqa: S311 - a history that can be drawn again
+        history = [(remove if dice.random() < 0.3 else write)(dice.choice("abcd"), n) for n in range(1, 25)]
+        for event in history:
+            await secondary.apply([event])
+        newest = {event.resource_id: event for event in history}
+        final = held(event for event in newest.values() if event.content is not None)
+        assert await seen(secondary) == final
+        again = history[: dice.randint(1, len(history))]
+        dice.shuffle(again)
+        for batch in _without_repeats(again):
+            assert set(_kinds(await secondary.apply(batch))) <= {Applied, Stale}
+        assert await seen(secondary) == final
 
     async def test_late_write_after_delete(self, secondary: Secondary) -> None:
         """What was deleted does not come back."""

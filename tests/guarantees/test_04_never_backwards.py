@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import pytest
 from sqlalchemy.ext.asyncio import AsyncEngine
 
-from outbox import Registration, SyncEvent, SyncManager
+from outbox import Registration, SyncConfig, SyncEvent, SyncManager
+from outbox.errors import SettingsError
 from outbox.secondaries.base import Applied, Rejected, Retry, Stale
 from outbox.secondaries.sql import SqlSecondary
 from tests.relaying import change, claim_by_hand, execute, hold_of, manager_of, pending, removal, rows, running, write
@@ -227,3 +229,16 @@ async def test_no_secondary_ever_held_an_older_state(primary: AsyncEngine) -> No
     table = "select resource_id, max(event_id) as position from outbox group by resource_id"
     assert newest == {row["resource_id"]: row["position"] for row in await rows(primary, table)}
     assert any(isinstance(each, Applied) for call in secondary.calls for each in call.outcomes)
+
+
+class Brief(ScriptedSecondary):
+    """Remembers a delete for a minute."""
+
+    tombstones_for = timedelta(minutes=1)
+
+
+async def test_a_secondary_that_forgets_deletes_too_soon_is_refused(primary: AsyncEngine) -> None:
+    """G4: a tombstone must outlive the longest time that an older write can be under way."""
+    with pytest.raises(SettingsError, match=r"secondaries\.brief\.tombstones_for': must not be below .*0:01:15"):
+        SyncManager(primary, [Brief("brief")])
+    SyncManager(primary, [Brief("brief")], config=SyncConfig(attempt_deadline=30, lease=15))
