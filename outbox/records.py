@@ -58,6 +58,7 @@ def discarded(tables: MetaData) -> Table:
 
 
 def secondary(tables: MetaData) -> Table:
+    """The registry: one row per secondary."""
     totals = ("applied", "stale", "superseded", "retried", "rejected", "released", "lost")
     return Table(
         "outbox_secondary",

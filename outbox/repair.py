@@ -21,9 +21,9 @@ from outbox.headers import headers
 from outbox.record import record
 from outbox.source import Source
 from outbox.statement import Statement
-from outbox.writers import WRITERS, still_writing, writers
+from outbox.writers import still_writing, writers
 
-__all__ = ["ALONE", "WRITERS", "Repairer"]
+__all__ = ["ALONE", "Repairer"]
 
 # Two that remove would each be a writer the other waits for.
 ALONE = Statement("select pg_advisory_xact_lock(hashtextextended('{schema}.outbox repair', 0))")

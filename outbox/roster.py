@@ -24,7 +24,7 @@ from outbox.settled import settled
 from outbox.statement import Statement
 from outbox.status import BackendSyncStatus, statuses
 
-__all__ = ["DRAIN", "FORGET_BACKFILL", "OWED_THROUGH", "PROMOTE", "REJOIN", "REMOVE", "Addition", "Roster"]
+__all__ = ["DRAIN", "FORGET_BACKFILL", "OWED_THROUGH", "PROMOTE", "REJOIN", "REMOVE", "Addition", "Roster", "Tell"]
 
 PROMOTE = Statement("""
 update {schema}.outbox_secondary set status = 'live'

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 
@@ -10,11 +10,9 @@ from outbox.manager import SyncManager
 from outbox.migrate import check_schema
 from outbox.reach import manager_of, reached, tables_of
 from outbox.retire import Removal
-from outbox.roster import Addition
+from outbox.roster import Addition, Tell
 
 __all__ = ["add", "drain", "manager_for", "promote", "rebuild", "remove"]
-
-Tell = Callable[[str], None]
 
 
 def manager_for(app: str | None, config: Path | None, dsn: str | None, schema: str | None) -> SyncManager:

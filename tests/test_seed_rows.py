@@ -20,7 +20,7 @@ from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 from outbox import MemorySecondary, ResourceDigest, SettingsError, SyncConfig, SyncEvent, SyncManager, Unavailable
 from outbox.config import manager_from_config
 from outbox.schema import metadata
-from outbox.secondaries.base import Retry
+from outbox.secondaries.base import Retry, Summary
 from outbox.turn import take_turn
 from tests.relaying import change, execute, hold_of, manager_of, pending, raw, rows, running, value, write
 from tests.scripted import CheckedSecondary, ScriptedSecondary
@@ -265,6 +265,11 @@ class Mirror(MemorySecondary):
                 raise Unavailable("refused", "gone in the middle")
             count += 1
             yield digest
+
+    async def summarise(self, tenant_id: str, resource_type: str, after: str | None, through: str | None) -> Summary:
+        if self.breaks_after is not None and after is not None:
+            raise Unavailable("refused", "gone in the middle")
+        return await super().summarise(tenant_id, resource_type, after, through)
 
 
 @pytest.fixture
