@@ -51,7 +51,10 @@ async def test_whoever_is_told_synced_finds_it_there_at_that_moment(primary: Asy
     told = dict.fromkeys(SyncState, 0)
 
     async def caller() -> None:
-        for _ in range(25):
+        # On a slow machine a relay may often end before it has carried anything.
+        for turn in range(200):
+            if turn >= 25 and told[SyncState.APPLIED] > 20:
+                return
             key = chance.choice(KEYS)
             event = removal(key) if chance.random() < 0.2 else change(key, chance.randrange(1000))
             token = await written(manager, event)
@@ -69,7 +72,7 @@ async def test_whoever_is_told_synced_finds_it_there_at_that_moment(primary: Asy
         while True:
             relay = manager.relay()
             with suppress(TimeoutError):
-                async with asyncio.timeout(chance.uniform(0.05, 0.4)):
+                async with asyncio.timeout(chance.uniform(0.05, 0.8)):
                     await relay.run()
             if chance.random() < 0.3:
                 await claim_by_hand(primary, chance.choice(["newest", "every"]), batch_size=2)

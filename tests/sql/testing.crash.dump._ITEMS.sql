@@ -1,1 +1,0 @@
-select tenant_id, resource_id, content from "public".item
