@@ -56,6 +56,24 @@ def a_writer_killed_before_its_commit() -> Tale:
 
 
 @fine
+def a_position_that_a_crash_forgot_and_gave_again() -> Tale:
+    return (
+        good("p")
+        .write(state(2, "q"), how="unknown", name="a")
+        .write(state(2, "r"), name="b")
+        .deliver(state(2, "r"))
+        .end(state(1), state(2, "r"))
+    )
+
+
+@fine
+def a_position_that_a_savepoint_drew_before_a_crash_forgot_it() -> Tale:
+    tale = good("p").say(said.Began(transaction="a")).say(said.Recorded(transaction="a", entries=[gone(2, "q")]))
+    tale.say(said.Undone(transaction="a", positions=[2])).say(said.Ended(transaction="a", how="rolled_back"))
+    return tale.write(state(2, "r"), name="b").deliver(state(2, "r")).end(state(1), state(2, "r"))
+
+
+@fine
 def a_writer_that_tells_late() -> Tale:
     return Tale().deliver(state(1)).write(state(1)).end(state(1))
 

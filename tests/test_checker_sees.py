@@ -67,6 +67,12 @@ def newer_than_what_a_hold_stands_for() -> Tale:
     return tale.end(state(1), state(2), shown={INDEX: ()})
 
 
+@bad("lost")
+def a_position_that_was_committed_and_then_given_to_another() -> Tale:
+    tale = good("p").write(state(2, "q"), name="a").write(state(2, "r"), name="b")
+    return tale.deliver(state(2, "r")).end(state(1), state(2, "r"))
+
+
 @bad("phantom")
 def delivered_and_rolled_back() -> Tale:
     return good("p").write(state(2, "q"), how="rolled_back").deliver(state(2, "q")).end(state(1))

@@ -20,6 +20,7 @@ class Facts:
         self.sides: dict[str, Side] = {}
         self.transactions: dict[str, Transaction] = {}
         self.writes: dict[int, Write] = {}
+        self.given_again: list[Write] = []
         self.undone: set[int] = set()
         self.leases: dict[tuple[str, int], Lease] = {}
         self.overlaps: list[Overlap] = []

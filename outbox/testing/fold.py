@@ -70,6 +70,11 @@ class _Folding(TableFolding):
         names = tuple(record.backend_ids)
         names = self._names.setdefault(names, names)
         for entry in record.entries:
+            earlier = self.facts.writes.get(entry.position)
+            if earlier is not None and earlier.transaction is not transaction:
+                # A crash of the primary forgets positions that were drawn and never committed, and gives them again.
+                self.facts.given_again.append(earlier)
+                self.facts.undone.discard(entry.position)
             write = Write(entry.position, self.key_of(entry), entry.digest, transaction, names)
             self.facts.writes[entry.position] = write
         self.facts.operations["recorded"] += len(record.entries)

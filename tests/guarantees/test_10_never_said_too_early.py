@@ -5,7 +5,9 @@ from __future__ import annotations
 import asyncio
 import random
 import zlib
+from collections.abc import Iterator
 from contextlib import suppress
+from itertools import takewhile
 
 import pytest
 from sqlalchemy import text
@@ -50,11 +52,12 @@ async def test_whoever_is_told_synced_finds_it_there_at_that_moment(primary: Asy
     await manager.register()
     told = dict.fromkeys(SyncState, 0)
 
-    async def caller() -> None:
+    def turns() -> Iterator[int]:
         # On a slow machine a relay may often end before it has carried anything.
-        for turn in range(200):
-            if turn >= 25 and told[SyncState.APPLIED] > 20:
-                return
+        return takewhile(lambda turn: turn < 25 or told[SyncState.APPLIED] <= 20, range(200))
+
+    async def caller() -> None:
+        for _ in turns():
             key = chance.choice(KEYS)
             event = removal(key) if chance.random() < 0.2 else change(key, chance.randrange(1000))
             token = await written(manager, event)

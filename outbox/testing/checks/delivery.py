@@ -26,6 +26,11 @@ def lost(facts: Facts) -> Verdict:
         else:
             found_by = {"positions": (write.position,), "transactions": (write.transaction.name,)}
             judge.wrong("committed, and nowhere", backend_id=side.backend_id, key=write.key, **found_by)
+    for write in facts.given_again:
+        judge.counts["given again"] += 1
+        if write.transaction.how == "committed":
+            found_by = {"positions": (write.position,), "transactions": (write.transaction.name,)}
+            judge.wrong("committed, and its position was given to another", key=write.key, **found_by)
     return judge.verdict()
 
 
