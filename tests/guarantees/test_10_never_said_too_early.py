@@ -42,6 +42,11 @@ def reached(secondary: ScriptedSecondary, resource_id: str) -> int:
     return max((event.position or 0 for event in secondary.history if event.resource_id == resource_id), default=0)
 
 
+def _turns(told: dict[SyncState, int]) -> Iterator[int]:
+    # On a slow machine a relay may often end before it has carried anything.
+    return takewhile(lambda turn: turn < 25 or told[SyncState.APPLIED] <= 20, range(200))
+
+
 async def test_whoever_is_told_synced_finds_it_there_at_that_moment(primary: AsyncEngine) -> None:
     """W1: under failures, refusals, losses, restarts of the relay and pruning, in state and in log order."""
     seed = random.randrange(2**32)
@@ -52,12 +57,8 @@ async def test_whoever_is_told_synced_finds_it_there_at_that_moment(primary: Asy
     await manager.register()
     told = dict.fromkeys(SyncState, 0)
 
-    def turns() -> Iterator[int]:
-        # On a slow machine a relay may often end before it has carried anything.
-        return takewhile(lambda turn: turn < 25 or told[SyncState.APPLIED] <= 20, range(200))
-
     async def caller() -> None:
-        for _ in turns():
+        for _ in _turns(told):
             key = chance.choice(KEYS)
             event = removal(key) if chance.random() < 0.2 else change(key, chance.randrange(1000))
             token = await written(manager, event)
