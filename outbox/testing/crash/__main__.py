@@ -1,0 +1,74 @@
+"""`python -m outbox.testing.crash`: run the crash lab, print the report, exit with 1 when something is wrong."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import secrets
+import shutil
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+from outbox.testing.binaries import describe_binaries, find_binaries
+from outbox.testing.checks.verdict import Answer
+from outbox.testing.crash.ledger import enter, ran
+from outbox.testing.crash.plan import FAULTS
+from outbox.testing.crash.run import run
+from outbox.testing.crash.terms import Terms
+
+__all__ = ["main"]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run as the arguments say; return the exit code."""
+    given = _parser().parse_args(arguments)
+    faults = tuple(filter(None, given.faults.split(","))) if given.faults is not None else tuple(FAULTS)
+    if unknown := set(faults) - set(FAULTS):
+        sys.stderr.write(f"unknown faults: {', '.join(sorted(unknown))}; there are {', '.join(FAULTS)}\n")
+        return 2
+    with tempfile.TemporaryDirectory(prefix="outbox-crash-") as directory:
+        history = given.history or Path(tempfile.gettempdir()) / f"outbox-crash-{given.seed}.jsonl"
+        history.unlink(missing_ok=True)
+        terms = Terms(
+            seed=given.seed,
+            seconds=given.seconds,
+            relays=given.relays,
+            writers=given.writers,
+            faults=faults,
+            history_file=str(history.absolute()),
+            directory=directory,
+        )
+        log = history.with_suffix(".log")
+        try:
+            report, fallen = asyncio.run(run(terms))
+        finally:
+            if terms.log.exists():
+                shutil.copy(terms.log, log)
+        if given.ledger:
+            # Of the wheel, of Debian or of a build: which server it was is part of what was shown.
+            enter(given.ledger, ran(terms, report, describe_binaries(find_binaries()).split(" from ")[0]))
+    sys.stdout.writelines(f"{line}\n" for line in report.lines())
+    failed = bool(fallen) or report.answer is Answer.INVALID
+    if fallen:
+        sys.stdout.write(f"ended by themselves: {', '.join(fallen)}\n")
+    if failed:
+        sys.stdout.write(f"seed {given.seed}, history {history}, what the processes said {log}\n")
+    return int(failed)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m outbox.testing.crash", description="Kill, pause, cut; then check.")
+    parser.add_argument("--seed", type=int, default=secrets.randbelow(1_000_000))
+    parser.add_argument("--seconds", type=float, default=60, help="how long faults go on")
+    parser.add_argument("--relays", type=int, default=3)
+    parser.add_argument("--writers", type=int, default=2)
+    parser.add_argument("--history", type=Path, help="where the history is kept")
+    parser.add_argument("--ledger", type=Path, help="where what it showed is written down, beside a page made of it")
+    parser.add_argument("--faults", help=f"some of {','.join(FAULTS)}; by default all")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,165 @@
+"""Writing: transactions of every kind against the primary, each told to the history as its writer saw it."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import random
+from collections.abc import Sequence
+
+from sqlalchemy import Text, text
+from sqlalchemy.ext.asyncio import AsyncEngine
+from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
+
+from outbox.answer import SyncStatus
+from outbox.content import content_digest
+from outbox.manager import SyncManager
+from outbox.primary import PRIMARY_FAILED
+from outbox.session import OutboxSession
+from outbox.settings import SyncMode
+from outbox.testing.crash.remote import DEADLY, POISON
+from outbox.testing.crash.terms import Terms
+from outbox.testing.history import History
+from outbox.testing.records import Began, Ended, Entry, Recorded, Told, Undone, Waiting
+from outbox.token import SyncToken
+
+__all__ = ["Item", "create_items", "track_items", "write"]
+
+_TENANTS = ("acme", "globex", "initech")
+_TASKS = 4
+# The position that this session's flush drew last.
+_POSITION = text("select currval('public.outbox_event_id_seq')")
+
+
+class _Rows(DeclarativeBase):
+    pass
+
+
+class Item(_Rows):
+    """The business's own row."""
+
+    __tablename__ = "item"
+
+    tenant_id: Mapped[str] = mapped_column(Text, primary_key=True)
+    resource_id: Mapped[str] = mapped_column(Text, primary_key=True)
+    content: Mapped[str] = mapped_column(Text)
+
+
+async def create_items(engine: AsyncEngine) -> None:
+    """Create the business's table."""
+    async with engine.begin() as connection:
+        await connection.run_sync(_Rows.metadata.create_all)
+
+
+def track_items(manager: SyncManager) -> None:
+    """Have the manager record the changes of items."""
+    manager.track(Item, resource_type="Item", tenant=Item.tenant_id, resource_id=Item.resource_id, content=_content)
+
+
+async def write(terms: Terms, name: str, manager: SyncManager, history: History, stopped: asyncio.Event) -> None:
+    """Write until told to stop, in several transactions at once."""
+    track_items(manager)
+    async with asyncio.TaskGroup() as group:
+        for number in range(_TASKS):
+            author = _Author(terms, f"{name}.{number}", manager, history)
+            group.create_task(author.write_until(stopped))
+
+
+def _content(item: Item) -> str:
+    return item.content
+
+
+class _Author:
+    """One after the other, random transactions; what is random follows from the seed and the author's name."""
+
+    def __init__(self, terms: Terms, name: str, manager: SyncManager, history: History) -> None:
+        self._terms = terms
+        self._name = name
+        self._manager = manager
+        self._history = history
+        self._random = random.Random(f"{terms.seed} {name}")  # noqa: S311 - not a secret
+        self._count = 0
+
+    async def write_until(self, stopped: asyncio.Event) -> None:
+        """Write, resting a moment after each transaction, and longer while the primary is away."""
+        while not stopped.is_set():
+            self._count += 1
+            token = await self._write(f"{self._name}.{self._count}")
+            if token is not None and self._random.random() < 0.1:
+                await self._wait(f"{self._name}.{self._count}", token)
+            await asyncio.sleep(self._random.uniform(0.005, 0.03) if token is not None else 0.05)
+
+    async def _write(self, transaction: str) -> SyncToken | None:
+        self._history.write(Began(transaction=transaction))
+        how = "rolled_back"
+        try:
+            async with self._manager.session(expire_on_commit=False) as session:
+                await self._change(session, transaction)
+                if self._random.random() < 0.1:
+                    await session.rollback()
+                    return None
+                # From here on only the answer tells, and it may never come.
+                how = "unknown"
+                await session.commit()
+                how = "committed"
+                return session.token
+        except PRIMARY_FAILED:
+            return None
+        finally:
+            self._history.write(Ended(transaction=transaction, how=how))
+
+    async def _change(self, session: OutboxSession, transaction: str) -> None:
+        """Change one to three resources, in the order of their keys, so that nobody waits in a circle."""
+        numbers = sorted(self._random.sample(range(self._terms.keys), self._random.choice((1, 1, 1, 2, 3, 5))))
+        for number in numbers:
+            if self._random.random() < 0.15:
+                await self._change_and_undo(session, transaction, number)
+            await self._change_one(session, transaction, number)
+
+    async def _change_and_undo(self, session: OutboxSession, transaction: str, number: int) -> None:
+        savepoint = await session.begin_nested()
+        position = await self._change_one(session, transaction, number)
+        await savepoint.rollback()
+        self._history.write(Undone(transaction=transaction, positions=[position]))
+
+    async def _change_one(self, session: OutboxSession, transaction: str, number: int) -> int:
+        key = (_TENANTS[number % len(_TENANTS)], f"r{number}")
+        item = await session.get(Item, key, with_for_update=True, populate_existing=True)
+        content: str | None = None
+        if item is not None and self._random.random() < 0.25:
+            await session.delete(item)
+        elif item is not None:
+            item.content = content = self._anything(transaction, number)
+        else:
+            content = self._anything(transaction, number)
+            session.add(Item(tenant_id=key[0], resource_id=key[1], content=content))
+        await session.flush()
+        position = int((await session.execute(_POSITION)).scalar_one())
+        entry = Entry(position, key[0], "Item", key[1], "" if content is None else content_digest(content))
+        self._history.write(Recorded(transaction=transaction, entries=[entry]))
+        return position
+
+    def _anything(self, transaction: str, number: int) -> str:
+        """Mostly what nobody wrote before; where that is asked for, what cannot be delivered."""
+        drawn = self._random.random()
+        if "poison" in self._terms.faults and drawn < 0.002:
+            return f'{{{POISON}:true,"by":"{transaction}","number":{number}}}'
+        # Few resources, since each event kills a relay as often as it may be tried.
+        if "deadly" in self._terms.faults and 0.5 < drawn < 0.52 and number < 20:
+            return f'{{{DEADLY}:true,"by":"{transaction}","number":{number}}}'
+        return json.dumps({"by": transaction, "number": number, "draw": drawn})
+
+    async def _wait(self, name: str, token: SyncToken) -> None:
+        self._history.write(Waiting(wait=name, positions=token.positions, backend_ids=token.backend_ids))
+        done: Sequence[str] = ()
+        try:
+            # Half of those who wait carry their own events.
+            mode = self._random.choice((None, SyncMode.SYNCHRONOUS))
+            waiting = self._manager.sync(token, mode=mode, timeout=2) if mode else self._wait_only(token)
+            done = [status.backend_id for status in await waiting if status.synced]
+        except PRIMARY_FAILED:
+            pass
+        self._history.write(Told(wait=name, done=list(done)))
+
+    async def _wait_only(self, token: SyncToken) -> list[SyncStatus]:
+        return list(await self._manager.wait_for_sync(token, timeout=2))
