@@ -1,0 +1,126 @@
+"""Lets a mutant out in a copy of the project, runs the tests that must see it there, and says whether they did."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from tests.zoo.mutants import Mutant
+
+ROOT = Path(__file__).parents[2]
+_COPIED = ("outbox", "tests", "migrations", "examples", "pyproject.toml", "alembic.ini")
+# A minute is the aim, on a machine that has nothing else to do.
+_SECONDS = 120
+# What a test of ours says when it sees something wrong; everything else a mutant must name.
+_SEEN = {"AssertionError", "Failed", "TimeoutError"}
+
+
+@dataclass(frozen=True)
+class Ran:
+    """How tests ended in a copy: a dict for each phase of each test, how long it took, and what pytest printed."""
+
+    endings: list[dict[str, Any]]
+    seconds: float
+    printed: str
+
+    def of(self, test: str) -> list[dict[str, Any]]:
+        """The endings of a test, with all of its parameters if none are named."""
+        return [each for each in self.endings if each["test"] == test or each["test"].startswith(f"{test}[")]
+
+
+def snapshot(into: Path) -> Path:
+    """Copy what is needed of the project as it is now."""
+    for name in _COPIED:
+        source = ROOT / name
+        if source.is_dir():
+            shutil.copytree(source, into / name)
+        else:
+            shutil.copy2(source, into / name)
+    return into
+
+
+def let_out(mutant: Mutant, project: Path, dsn: str) -> Ran:
+    """Run the tests that must catch a mutant, with it in the code of a copy of `project`."""
+    with TemporaryDirectory(prefix="outbox-zoo-") as directory:
+        root = Path(shutil.copytree(project, directory, dirs_exist_ok=True))
+        # Servers of tests may run under another account.
+        root.chmod(0o755)
+        mutant.apply(root)
+        return run(mutant.caught_by, root, dsn, _SECONDS)
+
+
+def run(tests: Iterable[str], root: Path, dsn: str, seconds: float) -> Ran:
+    """Run tests of a copy in a process of its own, against a server that is there already."""
+    endings = root / "endings"
+    endings.touch()
+    options = ["-q", "-p", "tests.zoo.witness", "-p", "no:randomly", "--timeout", "50", "--tb", "short"]
+    surroundings = os.environ | {
+        "PYTHONPATH": str(root),
+        "OUTBOX_TEST_DSN": dsn,
+        "OUTBOX_TEST_ZOO": "none",
+        "OUTBOX_ZOO_ENDINGS": str(endings),
+        "PYTEST_ADDOPTS": "",
+    }
+    started = time.monotonic()
+    printed = _output([sys.executable, "-m", "pytest", *options, *tests], root, surroundings, seconds)
+    found = [json.loads(line) for line in endings.read_text().splitlines()]
+    return Ran(found, time.monotonic() - started, printed)
+
+
+def _output(command: Sequence[str], root: Path, surroundings: dict[str, str], seconds: float) -> str:
+    with subprocess.Popen(
+        command,
+        cwd=root,
+        env=surroundings,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        # A test's own processes must not outlive it when it is cut off.
+        start_new_session=True,
+    ) as process:
+        try:
+            printed, _ = process.communicate(timeout=seconds)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            printed, _ = process.communicate()
+            return f"{printed}\ncut off after {seconds:g} s"
+    return printed
+
+
+def escaped(mutant: Mutant, ran: Ran) -> list[str]:
+    """Return why a mutant does not count as caught, a sentence for each test that did not see it."""
+    sentences = ((test, _missed(ran.of(test), mutant.raises)) for test in mutant.caught_by)
+    return [f"{test} {sentence}" for test, sentence in sentences if sentence is not None]
+
+
+def _missed(endings: list[dict[str, Any]], raises: Sequence[str]) -> str | None:
+    if not endings:
+        return "did not run"
+    if broken := [each for each in endings if each["when"] == "setup" and each["outcome"] == "failed"]:
+        return f"could not run: {broken[0]['errors']} {broken[0]['said']}"
+    ended = [each for each in endings if each["when"] == "call" and each["outcome"] != "skipped"]
+    if not ended:
+        return f"was skipped: {endings[-1]['said']}"
+    failed = [each for each in ended if each["outcome"] == "failed"]
+    if not failed:
+        return "passed: the mutant got away"
+    if any(_saw(each, raises) for each in failed):
+        return None
+    return f"failed by something else: {failed[0]['errors']} {failed[0]['said']}"
+
+
+def _saw(ending: dict[str, Any], raises: Sequence[str]) -> bool:
+    # A test that hangs until it is cut off has seen nothing.
+    cut_off = ending["errors"] == ["Failed"] and ending["said"].startswith("Timeout")
+    return not cut_off and bool({*_SEEN, *raises}.intersection(ending["errors"]))
