@@ -16,6 +16,7 @@ import psycopg
 import pytest
 from sqlalchemy.ext.asyncio import AsyncEngine
 
+from outbox.backfill import MOST_OWED
 from tests.relaying import dsn_of
 from tests.waiting import eventually
 
@@ -135,7 +136,7 @@ async def test_ctrl_c_ends_it_and_told_again_it_goes_on(app: App) -> None:
     """K4: with no relay it waits for ever; then it is stopped, and another time a relay is there."""
     app.execute("insert into patient select number, 0 from generate_series(4, 900) as number")
     with app.started("backfill", "copy") as running:
-        await eventually(lambda: running.poll() is not None or app.recorded() == 200)
+        await eventually(lambda: running.poll() is not None or app.recorded() == MOST_OWED)
         assert running.poll() is None, running.communicate()
         running.send_signal(signal.SIGINT)
         _, errors = running.communicate(timeout=30)
