@@ -65,9 +65,12 @@ class Comparison:
         dense = False
         while True:
             through = await self._source.boundary(*self._key, after, _RANGE)
-            listing = self._merged(self._ours(after, through), after, through)
+            if dense:
+                steps = self._merged(self._ours(after, through), after, through)
+            else:
+                steps = self._narrowed(secondary, after, through)
             found = 0
-            async for name, differs in listing if dense else self._narrowed(secondary, after, through):
+            async for name, differs in steps:
                 found += differs
                 yield name, differs
             if through is None:

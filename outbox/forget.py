@@ -29,7 +29,7 @@ from outbox.secondaries.base import Secondary
 from outbox.statement import Statement
 from outbox.token import SyncToken
 from outbox.why import CLOCK
-from outbox.writers import still_writing, writers
+from outbox.writers import writers_ended
 
 __all__ = ["NEWEST", "OWE", "REGISTERED", "Erased", "Eraser", "Evidence"]
 
@@ -61,7 +61,6 @@ on conflict (backend_id, lane, event_id) do nothing
 
 _CARRIED = ("shadow", "live", "paused")
 _HIGHEST = 2**63 - 1
-_PAUSE = 0.05
 _ROUNDS = 3
 
 # Waits until what a token names is done at every secondary it is owed to, or nothing helps, or for so long.
@@ -151,7 +150,8 @@ class Eraser:
             [position] = token.positions
             await connection.execute(text(OWE.on(self._schema)), asked.parameters | {"position": position})
             # Whoever drew a lower position and has not committed yet would be refused by every secondary.
-            await self._writers_ended(connection)
+            if not await writers_ended(connection, self._schema, time.monotonic() + self._timeout.total_seconds()):
+                raise NotForgotten("a transaction that recorded something is still open, and could bring it back")
             await self._refuse_present(session, asked, position)
             scrubbed = await scrub(connection, self._schema, asked, position)
             owed = [name for name, status in (await self._registered(connection)).items() if status in _CARRIED]
@@ -164,15 +164,6 @@ class Eraser:
         if primary.present or newest not in (None, "delete"):
             where = "the primary still has it" if primary.present else "its newest event is no delete"
             raise NotForgotten(f"{where}: delete it first, through a session that records the delete")
-
-    async def _writers_ended(self, connection: AsyncConnection) -> None:
-        deadline = time.monotonic() + self._timeout.total_seconds()
-        waited_for = await writers(connection, self._schema)
-        while waited_for:
-            if time.monotonic() >= deadline:
-                raise NotForgotten("a transaction that recorded something is still open, and could bring it back")
-            await asyncio.sleep(_PAUSE)
-            waited_for = still_writing(waited_for, await writers(connection, self._schema))
 
     async def _carried(self, asked: Asked, token: SyncToken) -> Sequence[SyncStatus]:
         """Wait for the delete; what failed meanwhile loses its error, which may quote what it was, and is due again."""

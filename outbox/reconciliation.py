@@ -7,6 +7,7 @@ from datetime import datetime, timedelta
 
 import msgspec
 
+from outbox.errors import SettingsError
 from outbox.judge import Drift
 
 __all__ = ["ReconciliationResult", "Standing", "Terms"]
@@ -21,7 +22,7 @@ class Terms(msgspec.Struct, frozen=True):
     out as in flight. `most_deletes`: repair deletes extras only while they are no more than this share of what the
     secondary holds (never fewer than ten), of a tenant and type and of all that was compared, and no more than
     `most_deleted`; so that a wrong or empty listing empties nothing, not even many small tenants one by one. `actor`
-    and `reason` are written down with every repair.
+    and `reason` are written down with every repair: up to 256 and 1,024 bytes. Raises `SettingsError` for what is none.
     """
 
     patience: timedelta = timedelta(seconds=30)
@@ -29,6 +30,13 @@ class Terms(msgspec.Struct, frozen=True):
     most_deleted: int = 10_000
     actor: str = ""
     reason: str = ""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.most_deletes <= 1:
+            raise SettingsError("most_deletes", "must be between 0 and 1")
+        for field, words, most in (("actor", self.actor, 256), ("reason", self.reason, 1_024)):
+            if "\x00" in words or len(words.encode(errors="replace")) > most:
+                raise SettingsError(field, f"must be text of up to {most:,} bytes, without NUL")
 
 
 class ReconciliationResult(msgspec.Struct):

@@ -21,7 +21,7 @@ from outbox.headers import headers
 from outbox.record import record
 from outbox.source import Source
 from outbox.statement import Statement
-from outbox.writers import still_writing, writers
+from outbox.writers import writers_ended
 
 __all__ = ["ALONE", "Repairer"]
 
@@ -89,23 +89,13 @@ class Repairer:
             await self._record(
                 connection, [SyncEvent.delete(resource_type, name, tenant_id=tenant_id) for name in names]
             )
-            ended = await self._writers_ended(connection, deadline)
+            ended = await writers_ended(connection, self._schema, deadline)
             back = await self._source.find(tenant_id, resource_type, names) if ended else {}
             if ended and not back:
                 return len(names)
             await transaction.rollback()
         gone = [name for name in names if name not in back]
         return await self._remove(tenant_id, resource_type, gone, deadline) if ended and gone else 0
-
-    async def _writers_ended(self, connection: AsyncConnection, deadline: float) -> bool:
-        """Whether all who had recorded something, and not committed it, at this moment have ended before long."""
-        waited_for = await writers(connection, self._schema)
-        while waited_for:
-            if time.monotonic() >= deadline:
-                return False
-            await asyncio.sleep(_PAUSE)
-            waited_for = still_writing(waited_for, await writers(connection, self._schema))
-        return True
 
     async def _record(self, connection: AsyncConnection, events: list[SyncEvent]) -> None:
         if events:

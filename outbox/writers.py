@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import time
 from collections.abc import Set as AbstractSet
 
 from sqlalchemy import text
@@ -9,7 +11,9 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 
 from outbox.statement import Statement
 
-__all__ = ["WRITERS", "still_writing", "writers"]
+__all__ = ["WRITERS", "still_writing", "writers", "writers_ended"]
+
+_PAUSE = 0.05
 
 # Whoever has drawn a position holds this lock until it ends; transactions of other databases, and those that only read
 # or never recorded anything, do not. One that is prepared has no process, and a name it did not have before.
@@ -31,3 +35,14 @@ async def writers(connection: AsyncConnection, schema: str) -> set[str]:
 def still_writing(before: AbstractSet[str], now: AbstractSet[str]) -> set[str]:
     """Return those of `before` that have not ended: who was prepared meanwhile has not, and cannot be told apart."""
     return {writer for writer in now if writer in before or (before and writer == "prepared")}
+
+
+async def writers_ended(connection: AsyncConnection, schema: str, deadline: float) -> bool:
+    """Whether all who have recorded something by now, and not committed it, have ended by a monotonic deadline."""
+    waited_for = await writers(connection, schema)
+    while waited_for:
+        if time.monotonic() >= deadline:
+            return False
+        await asyncio.sleep(_PAUSE)
+        waited_for = still_writing(waited_for, await writers(connection, schema))
+    return True

@@ -248,3 +248,14 @@ async def test_a_relay_starts_while_another_sits_on_the_registry(primary: AsyncE
         await paused.execute("select from outbox_secondary for no key update")
         async with asyncio.timeout(5):
             await manager.register()
+
+
+async def test_a_cancelled_run_leaves_nothing_running_beside_it(primary: AsyncEngine) -> None:
+    """B8: nor its housekeeping, which would find the connections closed."""
+    manager = manager_of(primary, ScriptedSecondary("search"), prune_interval=0.05)
+    before = asyncio.all_tasks()
+    relaying = asyncio.create_task(manager.relay().run())
+    await eventually(lambda: any("keep_tidy" in repr(task) for task in asyncio.all_tasks() - before))
+    relaying.cancel()
+    await asyncio.wait([relaying])
+    assert [task for task in asyncio.all_tasks() - before if "keep_tidy" in repr(task)] == []

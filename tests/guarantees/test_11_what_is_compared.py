@@ -15,6 +15,7 @@ from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
 from outbox import MemorySecondary, Registration, SyncEvent, UnknownSecondary
 from outbox.content import fingerprint
+from outbox.errors import SettingsError
 from outbox.secondaries.base import Retry, Summary
 from outbox.secondaries.sql import SqlSecondary
 from tests.comparing import NORTH, Interrupted, Note, World, said
@@ -183,3 +184,13 @@ async def test_the_database_sums_up_what_we_sum_up(primary: AsyncEngine, notes: 
 def _within(name: str, after: str | None, through: str | None) -> bool:
     above = after is None or name.encode() > after.encode()
     return above and (through is None or name.encode() <= through.encode())
+
+
+@pytest.mark.parametrize("terms", [{"reason": "x" * 1_025}, {"actor": "\x00"}, {"most_deletes": 1.5}])
+async def test_terms_that_cannot_be_written_down_are_refused_before_anything_is_compared(
+    primary: AsyncEngine, terms: dict[str, Any]
+) -> None:
+    """Promise 13: not after the repairs, when the note is written."""
+    manager = manager_of(primary, MemorySecondary("mirror"))
+    with pytest.raises(SettingsError):
+        await manager.reconcile("mirror", repair=True, **terms)
