@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 from uuid import uuid4
 
 import psycopg
@@ -16,7 +17,6 @@ from psycopg import sql
 from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
 from sqlalchemy.pool import NullPool
 
-from outbox.errors import OutboxError
 from outbox.migrate import migrate
 from outbox.testing.child import ServerMissing
 from outbox.testing.postgres import PostgresServer, postgres_server
@@ -27,22 +27,28 @@ from outbox.testing.servers import valkey_url as open_valkey
 # Only what a crash of the machine could undo; the durability tests start servers of their own.
 _FAST = {"fsync": "off", "full_page_writes": "off", "max_connections": "200"}
 _SERVER = pytest.StashKey[PostgresServer]()
+_ORIGINS = pytest.StashKey[set[str]]()
 
 
-def pytest_report_collectionfinish(config: pytest.Config, items: list[pytest.Item]) -> list[str]:
-    """Say which PostgreSQL the tests run on, before they do."""
-    wanted = any("postgres" in getattr(item, "fixturenames", ()) for item in items)
-    if not wanted or config.option.collectonly:
-        return []
-    try:
-        return [f"postgres: {_postgres(config).origin}"]
-    except OutboxError as error:
-        # The fixture raises it again, where it belongs to the tests that fail by it.
-        return [f"postgres: {error}"]
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any, error: object) -> None:
+    """Keep which PostgreSQL a process of the tests ran on: each has its own."""
+    node.config.stash.setdefault(_ORIGINS, set()).update(getattr(node, "workeroutput", {}).get("postgres", ()))
 
 
-def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    """Print every reason for which something was skipped, and how often."""
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """Hand the same to the process that prints."""
+    config = session.config
+    if _SERVER in config.stash:
+        output = getattr(config, "workeroutput", {})
+        output["postgres"] = [config.stash[_SERVER].origin]
+        config.stash.setdefault(_ORIGINS, set()).update(output["postgres"])
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    """Print which PostgreSQL it was, then every reason for which something was skipped, and how often."""
+    for origin in sorted(config.stash.get(_ORIGINS, ())):
+        terminalreporter.write_line(f"postgres: {origin}")
     skipped = terminalreporter.stats.get("skipped", [])
     reasons = Counter(report.longrepr[2].removeprefix("Skipped: ") for report in skipped)
     if reasons:

@@ -17,6 +17,7 @@ import pytest
 
 from outbox.testing.postgres import postgres_server
 from tests.zoo import keeper
+from tests.zoo.conftest import CAUGHT
 from tests.zoo.mutants import Change, Mutant, chosen, everyone
 
 CHOICE = chosen()
@@ -96,11 +97,11 @@ def zoo() -> Iterator[Zoo]:
 
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("mutant", CHOICE.mutants, ids=lambda mutant: mutant.name)
-def test_it_is_caught(mutant: Mutant, zoo: Zoo, table: list[tuple[str, int, str, float]]) -> None:
+def test_it_is_caught(mutant: Mutant, zoo: Zoo, record_property: Callable[[str, object], None]) -> None:
     ran = zoo.ran(mutant)
     why = keeper.escaped(mutant, ran)
     verdict = "ESCAPED" if why else ", ".join(test.rpartition("::")[2] for test in mutant.caught_by)
-    table.append((mutant.name, mutant.guarantee, verdict, ran.seconds))
+    record_property(CAUGHT, (mutant.name, mutant.guarantee, verdict, ran.seconds))
     assert not why, f"{mutant.name!r} is not caught: {'; '.join(why)}\n{ran.printed[-3000:]}"
 
 
