@@ -89,8 +89,11 @@ else:
         return trace.get_current_span(_w3c.extract({TRACEPARENT: traceparent})).get_span_context()
 
     def _describe(span: trace.Span, ended: _Ended) -> None:
-        for kind, count in Counter(type(result).__name__.lower() for result in ended.results).items():
-            span.set_attribute(f"outbox.{kind}", count)
+        if not span.is_recording():
+            # Nobody listens, and every event of a batch would be looked at for nothing.
+            return
+        for kind, count in Counter(map(type, ended.results)).items():
+            span.set_attribute(f"outbox.{kind.__name__.lower()}", count)
         if ended.unavailable is not None:
             span.set_attribute("error.type", ended.unavailable.code)
             span.set_status(trace.StatusCode.ERROR, ended.unavailable.code)
