@@ -37,7 +37,7 @@ class SyncState(StrEnum):
     UNCOMMITTED = "uncommitted"
     """Its transaction is still open: nothing can have happened yet."""
     ROLLED_BACK = "rolled_back"
-    """Its transaction, or the savepoint it was written in, was rolled back."""
+    """Its transaction, or the savepoint it was written in, was rolled back, or lost in a crash of the primary."""
     PRUNED = "pruned"
     """Committed, and since forgotten: whatever was owed of it ended before."""
     UNKNOWN = "unknown"

@@ -155,7 +155,8 @@ class Eraser:
             await self._refuse_present(session, asked, position)
             scrubbed = await scrub(connection, self._schema, asked, position)
             owed = [name for name, status in (await self._registered(connection)).items() if status in _CARRIED]
-        return SyncToken.of(token.recorded[0].transaction_id, [(position, owed)]), position, scrubbed
+        [written] = token.recorded
+        return SyncToken.of(written.transaction_id, written.stamp, [(position, owed)]), position, scrubbed
 
     async def _refuse_present(self, session: AsyncSession, asked: Asked, below: int) -> None:
         primary = await in_primary(session, self._tracking, *asked)

@@ -13,6 +13,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 from outbox.errors import NoSecondary, NotInTransaction
 from outbox.event import SyncEvent
 from outbox.headers import carrying
+from outbox.schema import STAMP
 from outbox.statement import Statement, dialect_of
 from outbox.token import SyncToken
 
@@ -27,12 +28,12 @@ __all__ = ["RECORD", "RECORD_ONE", "record", "refuse_autocommit"]
 # order given, and rows are counted back without RETURNING, so an insert-only role can record.
 _RECORD = """
 with writer as materialized (
-    select pg_current_xact_id() as transaction_id
+    select pg_current_xact_id() as transaction_id, [stamp] as stamp
 ), event as materialized (
     select nextval('{schema}.outbox_event_id_seq') as event_id,
            cast(hashtextextended(tenant_id, 0) & 63 as smallint) as lane,
            hashtextextended(tenant_id || '/' || resource_type || '/' || resource_id, 0) as key_hash,
-           writer.transaction_id, given.*,
+           writer.transaction_id, writer.stamp, given.*,
            array(
                select secondary.backend_id
                from {schema}.outbox_secondary as secondary
@@ -46,20 +47,21 @@ with writer as materialized (
         as given (tenant_id, resource_type, resource_id, operation, version, fhir_version, content, bulk_id, headers)
 ), written as (
     insert into {schema}.outbox
-        (event_id, tenant_id, resource_type, resource_id, operation, version, fhir_version, content, bulk_id, headers)
+        (event_id, tenant_id, resource_type, resource_id, operation, version, fhir_version, content, bulk_id, headers,
+         stamp)
     overriding system value
     select event_id, tenant_id, resource_type, resource_id, operation, version, fhir_version,
-           cast(content as json), bulk_id, cast(headers as json)
+           cast(content as json), bulk_id, cast(headers as json), stamp
     from event
 ), owed as (
     insert into {schema}.outbox_delivery (backend_id, lane, event_id, key_hash)
     select owed.backend_id, event.lane, event.event_id, event.key_hash
     from event cross join unnest(event.owed_to) as owed (backend_id)
 )
-select event_id, owed_to, cast(cast(transaction_id as text) as bigint) as transaction_id,
+select event_id, owed_to, cast(cast(transaction_id as text) as bigint) as transaction_id, stamp,
        owed_to <> '{}' or exists (select from {schema}.outbox_secondary) as anybody
 from event
-"""
+""".replace("[stamp]", STAMP)
 
 RECORD = Statement(
     _RECORD.replace(
@@ -169,12 +171,13 @@ def _chunks(events: list[SyncEvent]) -> Iterable[list[SyncEvent]]:
 
 
 def _token(rows: Sequence[Any]) -> SyncToken:
-    if rows and not rows[0][3]:
+    if rows and not rows[0][4]:
         raise NoSecondary(
             "record: no secondary is registered, so nobody would ever get these events; "
             "start a relay, or call `await manager.register()`, before the first write"
         )
-    return SyncToken.of(rows[0][2] if rows else 0, [(row[0], row[1]) for row in rows])
+    transaction_id, stamp = (rows[0][2], rows[0][3]) if rows else (0, 0)
+    return SyncToken.of(transaction_id, stamp, [(row[0], row[1]) for row in rows])
 
 
 def _record_on_sqlalchemy(

@@ -24,10 +24,11 @@ from sqlalchemy import (
 
 from outbox.records import INSTANT, KEY_TEXT, backfill, discarded, now, reconciliation, secondary
 
-__all__ = ["LANES", "LISTEN_CHANNEL", "metadata"]
+__all__ = ["LANES", "LISTEN_CHANNEL", "STAMP", "metadata"]
 
 LANES = 64
 LISTEN_CHANNEL = "outbox"
+STAMP = "cast(extract(epoch from transaction_timestamp()) * 1000000 as bigint)"
 
 
 def metadata(schema: str = "public") -> MetaData:
@@ -60,6 +61,9 @@ def _outbox(tables: MetaData) -> Table:
         Column("bulk_id", Uuid),
         Column("headers", JSON),
         Column("created_at", INSTANT, nullable=False, server_default=now()),
+        # When its transaction began, in microseconds: a crash gives the positions and the transaction ids that it
+        # swallowed again, and whoever holds a token of what was lost must not take another's event for it.
+        Column("stamp", BigInteger, nullable=False, server_default=text(STAMP)),
         # Measured as it is written: later it may be compressed, and whoever measured it would have to unpack it. In
         # PostgreSQL's own words, so that alembic sees no difference.
         Column("content_bytes", Integer, Computed("octet_length((content)::text)", persisted=True)),

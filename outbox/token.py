@@ -17,22 +17,27 @@ __all__ = ["Recorded", "SyncToken"]
 _FORM = "o1."
 
 
-# One group: the transaction, its runs, the names; numbers in hexadecimal, a run of several as `firstNcount`. All of it
-# is unreserved in a URL. Put together by hand, as every writer pays: a third of what MessagePack and base64 take.
+# One group: the transaction, its stamp, its runs, the names; numbers in hexadecimal, a run of several as
+# `firstNcount`. All of it is unreserved in a URL. Put together by hand, as every writer pays: a third of what
+# MessagePack and base64 take.
 _NUMBER = "[0-9a-f]{1,16}"
 _RUN = f"{_NUMBER}(?:N{_NUMBER})?"
-_GROUP = re.compile(rf"({_NUMBER})\.({_RUN}(?:R{_RUN})*)?((?:\.[a-z0-9_-]{{1,63}})*)")
+_GROUP = re.compile(rf"({_NUMBER})\.({_NUMBER})\.({_RUN}(?:R{_RUN})*)?((?:\.[a-z0-9_-]{{1,63}})*)")
 _LARGEST = 2**63 - 1
 
 
 class Recorded(msgspec.Struct, frozen=True):
     """Positions of one transaction that are owed to the same secondaries, as runs of (first, how many).
 
+    A crash of the primary gives positions and transaction ids that it swallowed again; `stamp` is the transaction's
+    own, and what is at one of these positions with another stamp is somebody else's.
+
     A token comes from outside, and a run may claim to be of any length: whoever goes through `positions` does it bit by
     bit.
     """
 
     transaction_id: int
+    stamp: int
     backend_ids: tuple[str, ...]
     runs: tuple[tuple[int, int], ...]
 
@@ -63,24 +68,24 @@ class SyncToken(str):
         return self
 
     @classmethod
-    def of(cls, transaction_id: int, owed: Sequence[tuple[int, Sequence[str]]]) -> Self:
+    def of(cls, transaction_id: int, stamp: int, owed: Sequence[tuple[int, Sequence[str]]]) -> Self:
         """Build from (position, names of the secondaries it is owed to)."""
         if len(owed) == 1:
             # Nearly every transaction records one event.
-            return cls._encoded([Recorded(transaction_id, tuple(sorted(owed[0][1])), ((owed[0][0], 1),))])
+            return cls._encoded([Recorded(transaction_id, stamp, tuple(sorted(owed[0][1])), ((owed[0][0], 1),))])
         groups: dict[tuple[str, ...], list[int]] = {}
         for position, backend_ids in owed:
             groups.setdefault(tuple(sorted(backend_ids)), []).append(position)
         runs = {names: _joined((position, 1) for position in found) for names, found in groups.items()}
-        return cls._encoded([Recorded(transaction_id, names, found) for names, found in runs.items()])
+        return cls._encoded([Recorded(transaction_id, stamp, names, found) for names, found in runs.items()])
 
     @classmethod
     def merged(cls, tokens: Iterable[SyncToken]) -> Self:
         """Return one token for everything that these recorded."""
-        groups: dict[tuple[int, tuple[str, ...]], list[tuple[int, int]]] = {}
+        groups: dict[tuple[int, int, tuple[str, ...]], list[tuple[int, int]]] = {}
         for token in tokens:
             for each in token.recorded:
-                groups.setdefault((each.transaction_id, each.backend_ids), []).extend(each.runs)
+                groups.setdefault((each.transaction_id, each.stamp, each.backend_ids), []).extend(each.runs)
         return cls._encoded([Recorded(*group, _joined(runs)) for group, runs in groups.items()])
 
     @property
@@ -121,18 +126,18 @@ def _checksum(body: str) -> str:
 
 def _written(recorded: Recorded) -> str:
     runs = "R".join([f"{first:x}" if count == 1 else f"{first:x}N{count:x}" for first, count in recorded.runs])
-    return ".".join((f"{recorded.transaction_id:x}", runs, *recorded.backend_ids))
+    return ".".join((f"{recorded.transaction_id:x}", f"{recorded.stamp:x}", runs, *recorded.backend_ids))
 
 
 def _read(group: str) -> Recorded:
     found = _GROUP.fullmatch(group)
     if found is None:
         raise InvalidToken
-    transaction_id, runs, names = found.groups()
+    transaction_id, stamp, runs, names = found.groups()
     split = [run.partition("N") for run in (runs or "").split("R") if run]
     numbers = tuple((int(first, 16), int(count or "1", 16)) for first, _, count in split)
-    recorded = Recorded(int(transaction_id, 16), tuple(names.split(".")[1:]), numbers)
-    if max(recorded.transaction_id, *chain.from_iterable(numbers), 0) > _LARGEST:
+    recorded = Recorded(int(transaction_id, 16), int(stamp, 16), tuple(names.split(".")[1:]), numbers)
+    if max(recorded.transaction_id, recorded.stamp, *chain.from_iterable(numbers), 0) > _LARGEST:
         raise InvalidToken
     return recorded
 

@@ -16,27 +16,29 @@ from outbox.statement import Statement
 
 __all__ = ["FATE", "HISTORY", "STATE", "Asked", "Found", "fate", "history", "look"]
 
-Asked = tuple[str, int]
-"""A secondary and a position."""
+Asked = tuple[str, int, int]
+"""A secondary, a position, and the stamp of the transaction that drew it."""
 
 # A delivery is either waiting, in hand or held, and moves between them in one transaction: what is in none of the
-# three, and whose event is there, is done. A hold stands for its key from `oldest_id` on.
+# three, and whose event is there, is done. An event with another stamp is somebody else's, to whom a crash gave the
+# position again. A hold stands for its key from `oldest_id` on.
 STATE = Statement("""
 with in_hand as materialized (
     select attempt.backend_id, unnest(attempt.event_ids) as event_id
     from {schema}.outbox_attempt as attempt
     where attempt.finished_at is null and attempt.backend_id = any (cast(:backend_ids as text[]))
 )
-select asked.backend_id, asked.event_id, event.event_id is not null as known,
+select asked.*, event.event_id is not null as known, event.stamp = asked.stamp as its_own,
        delivery.event_id is not null as waiting,
        (asked.backend_id, asked.event_id) in (select backend_id, event_id from in_hand) as in_hand,
        hold.state as hold, coalesce(hold.attempts, discarded.attempts, 0) as attempts,
        coalesce(hold.error_code, discarded.error_code) as error_code,
        discarded.event_id is not null as discarded, secondary.status
-from unnest(cast(:backend_ids as text[]), cast(:event_ids as bigint[])) as asked (backend_id, event_id)
+from unnest(cast(:backend_ids as text[]), cast(:event_ids as bigint[]), cast(:stamps as bigint[]))
+    as asked (backend_id, event_id, stamp)
 left join {schema}.outbox_secondary as secondary on secondary.backend_id = asked.backend_id
 left join lateral (
-    select event.event_id, event.tenant_id, event.resource_type, event.resource_id,
+    select event.event_id, event.stamp, event.tenant_id, event.resource_type, event.resource_id,
            cast(hashtextextended(event.tenant_id, 0) & 63 as smallint) as lane,
            hashtextextended(event.tenant_id || '/' || event.resource_type || '/' || event.resource_id, 0) as key_hash
     from {schema}.outbox as event where event.event_id = asked.event_id offset 0
@@ -84,11 +86,12 @@ with recent as materialized (
           where owed.event_id = any (cast(:event_ids as bigint[]))
       )
 )
-select asked.backend_id, asked.event_id, count(*) as attempts,
+select asked.*, count(*) as attempts,
        (array_agg(recent.passed order by recent.attempt_id desc))[1] as superseded
-from unnest(cast(:backend_ids as text[]), cast(:event_ids as bigint[])) as asked (backend_id, event_id)
+from unnest(cast(:backend_ids as text[]), cast(:event_ids as bigint[]), cast(:stamps as bigint[]))
+    as asked (backend_id, event_id, stamp)
 join recent on recent.backend_id = asked.backend_id and recent.event_id = asked.event_id
-group by asked.backend_id, asked.event_id
+group by asked.backend_id, asked.event_id, asked.stamp
 """)
 
 FATE = Statement("select pg_xact_status(cast(cast(:transaction_id as text) as xid8))")
@@ -108,15 +111,15 @@ class Found(msgspec.Struct, frozen=True):
 async def look(connection: AsyncConnection, schema: str, asked: Sequence[Asked]) -> dict[Asked, Found]:
     """Return what is known of each event on each secondary, all in one snapshot."""
     rows = await _rows(connection, STATE, schema, _arrays(asked))
-    return {(row.backend_id, row.event_id): _found(row) for row in rows}
+    return {(row.backend_id, row.event_id, row.stamp): _found(row) for row in rows}
 
 
 async def history(connection: AsyncConnection, schema: str, asked: Sequence[Asked]) -> dict[Asked, Found]:
     """Return how often events that are done were handed over; those whose attempts lie too far back are left out."""
-    names = sorted({backend_id for backend_id, _ in asked})
+    names = sorted({backend_id for backend_id, _, _ in asked})
     rows = await _rows(connection, HISTORY, schema, {"names": names, **_arrays(asked)})
     return {
-        (row.backend_id, row.event_id): Found(
+        (row.backend_id, row.event_id, row.stamp): Found(
             SyncState.SUPERSEDED if row.superseded else SyncState.APPLIED, int(row.attempts)
         )
         for row in rows
@@ -139,8 +142,8 @@ async def fate(connection: AsyncConnection, schema: str, transaction_id: int) ->
 
 
 def _found(row: Any) -> Found:
-    if not row.known:
-        return Found(SyncState.UNKNOWN)
+    if not row.its_own:
+        return Found(SyncState.ROLLED_BACK if row.known else SyncState.UNKNOWN)
     if not (row.waiting or row.in_hand or row.hold):
         given_up = SyncState.REMOVED if row.status == "removed" else SyncState.DISCARDED
         return Found(given_up if row.discarded else SyncState.APPLIED, row.attempts or None, row.error_code)
@@ -154,8 +157,8 @@ def _found(row: Any) -> Found:
 
 
 def _arrays(asked: Iterable[Asked]) -> dict[str, Any]:
-    pairs = list(asked)
-    return {"backend_ids": [backend_id for backend_id, _ in pairs], "event_ids": [position for _, position in pairs]}
+    backend_ids, event_ids, stamps = zip(*asked, strict=True)
+    return {"backend_ids": list(backend_ids), "event_ids": list(event_ids), "stamps": list(stamps)}
 
 
 async def _rows(connection: AsyncConnection, statement: Statement, schema: str, parameters: dict[str, Any]) -> Any:

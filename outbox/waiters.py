@@ -55,10 +55,12 @@ class _Waiter:
         owed = token.owed_to(backend_id)
         self.events = sum(each.count for each in owed)
         self.done = self._seen = 0
-        # A position and its transaction, which is asked about when the event is not found; drawn a page at a time.
-        self._coming = ((position, each.transaction_id) for each in owed for position in each.positions)
-        self._undone: dict[int, int] = {}
-        self._page: dict[int, int] = {}
+        # An event and its transaction, which is asked about when the event is not found; drawn a page at a time.
+        self._coming = (
+            ((backend_id, position, each.stamp), each.transaction_id) for each in owed for position in each.positions
+        )
+        self._undone: dict[Asked, int] = {}
+        self._page: dict[Asked, int] = {}
         self._turn_page()
         # Transactions to ask about before the next look, and what was said of those asked about before.
         self.doubtful: set[int] = set()
@@ -70,7 +72,7 @@ class _Waiter:
     @property
     def page(self) -> list[Asked]:
         """What to ask next: a bulk of any size costs a look no more than this."""
-        return [(self.backend_id, position) for position in self._page]
+        return list(self._page)
 
     @property
     def on_last_page(self) -> bool:
@@ -81,15 +83,15 @@ class _Waiter:
         """Go on to what was not looked at yet, then to what was not done."""
         self._page = dict(islice(self._coming, _PAGE))
         while len(self._page) < _PAGE and self._undone:
-            position = next(iter(self._undone))
-            self._page[position] = self._undone.pop(position)
+            asked = next(iter(self._undone))
+            self._page[asked] = self._undone.pop(asked)
 
     def learn(self, found: dict[Asked, Found], fates: dict[int, SyncState]) -> None:
         """Take in a look at `page`; `fates` are those of transactions that were asked about before it."""
         self._fates |= {each: fates[each] for each in self.doubtful & fates.keys()}
         self.doubtful.clear()
-        told = {position: self._told(position, found) for position in self._page}
-        undone = {position: self._page[position] for position, each in told.items() if not each.state.done}
+        told = {asked: self._told(asked, found) for asked in self._page}
+        undone = {asked: self._page[asked] for asked, each in told.items() if not each.state.done}
         self.done += len(told) - len(undone)
         self._seen += len(told)
         self._undone |= undone
@@ -105,12 +107,12 @@ class _Waiter:
         if not self.worst.state.waits and not self.ended.done():
             self.ended.set_result(None)
 
-    def _told(self, position: int, found: dict[Asked, Found]) -> Found:
-        told = found[self.backend_id, position]
+    def _told(self, asked: Asked, found: dict[Asked, Found]) -> Found:
+        told = found[asked]
         if told.state is not SyncState.UNKNOWN:
             return told
         # Not there. A transaction that had ended before we looked says why; one that might have ended meanwhile not.
-        transaction_id = self._page[position]
+        transaction_id = self._page[asked]
         if transaction_id in self._fates:
             return Found(self._fates[transaction_id])
         self.doubtful.add(transaction_id)
@@ -195,13 +197,13 @@ class Waiters:
         waiters = [each for each in self._waiting if each.next_look <= soon]
         if not waiters:
             return
-        asked = sorted({pair for waiter in waiters for pair in waiter.page})
+        asked = sorted({each for waiter in waiters for each in waiter.page})
         doubtful = sorted({transaction_id for waiter in waiters for transaction_id in waiter.doubtful})
         async with self._engine.connect() as connection:
             fates = {each: await fate(connection, self._schema, each) for each in doubtful}
             found = await look(connection, self._schema, asked)
-            ending = {pair for waiter in waiters if waiter.on_last_page for pair in waiter.page}
-            if done := [pair for pair in ending if found[pair].state.done]:
+            ending = {each for waiter in waiters if waiter.on_last_page for each in waiter.page}
+            if done := [each for each in ending if found[each].state.done]:
                 found |= await history(connection, self._schema, done)
         for waiter in waiters:
             waiter.learn(found, fates)

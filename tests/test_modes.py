@@ -403,8 +403,9 @@ async def test_thousands_wait_on_a_pool_of_five(primary: AsyncEngine) -> None:
                 session.record(*(change(f"{len(tokens)}-{number}") for number in range(100)))
                 await session.commit()
                 assert session.token is not None
-                transaction_id = session.token.recorded[0].transaction_id
-                tokens += [SyncToken.of(transaction_id, [(each, ["search"])]) for each in session.token.positions]
+                [whole] = session.token.recorded
+                transaction = (whole.transaction_id, whole.stamp)
+                tokens += [SyncToken.of(*transaction, [(each, ["search"])]) for each in whole.positions]
         waiting = [asyncio.create_task(manager.wait_for_sync(token, timeout=50)) for token in tokens]
         async with running(manager.relay()):
             results = await asyncio.gather(*waiting)

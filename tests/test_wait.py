@@ -66,7 +66,7 @@ async def test_waiting_survives_a_crash_of_the_server() -> None:
 
 async def test_a_look_that_came_too_early_leaves_no_doubt_behind() -> None:
     """W12: an event that a look missed and the next one found is asked about ever more rarely, as any other is."""
-    waiter = _Waiter("search", SyncToken.of(7, [(1, ["search"])]), timedelta(0))
+    waiter = _Waiter("search", SyncToken.of(7, 1, [(1, ["search"])]), timedelta(0))
     asked = waiter.page[0]
     waiter.learn({asked: Found(SyncState.UNKNOWN)}, {})
     assert waiter.doubtful == {7}
@@ -80,7 +80,7 @@ async def test_a_look_that_came_too_early_leaves_no_doubt_behind() -> None:
 
 async def test_what_is_gone_is_told_however_many_pages_and_transactions_there_are() -> None:
     """W3: the answer about a transaction is kept until its page is looked at again."""
-    owed = [SyncToken.of(transaction, [(transaction, ["search"])]) for transaction in range(1, 1_001)]
+    owed = [SyncToken.of(transaction, 1, [(transaction, ["search"])]) for transaction in range(1, 1_001)]
     waiter = _Waiter("search", SyncToken.merged(owed), timedelta(0))
     for _ in range(4):
         fates = dict.fromkeys(waiter.doubtful, SyncState.PRUNED)

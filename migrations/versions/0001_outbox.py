@@ -15,6 +15,7 @@ COUNTS = ("applied", "stale", "superseded", "retried", "rejected", "released", "
 KEY = sa.Text(collation="C")
 INSTANT = sa.DateTime(timezone=True)
 NOW = sa.text("clock_timestamp()")
+STAMP = sa.text("cast(extract(epoch from transaction_timestamp()) * 1000000 as bigint)")
 CONTENT_BYTES = "octet_length((content)::text)"
 
 # Exact, in one snapshot. Pending is what is owed: deliveries, events in open attempts, events of holds.
@@ -153,6 +154,7 @@ def _create_outbox(schema: str) -> None:
         sa.Column("bulk_id", sa.Uuid),
         sa.Column("headers", postgresql.JSON),
         sa.Column("created_at", INSTANT, nullable=False, server_default=NOW),
+        sa.Column("stamp", sa.BigInteger, nullable=False, server_default=STAMP),
         sa.Column("content_bytes", sa.Integer, sa.Computed(CONTENT_BYTES, persisted=True)),
         sa.CheckConstraint("operation in ('create', 'update', 'delete')", name="outbox_operation_known"),
         sa.CheckConstraint("(operation = 'delete') = (content is null)", name="outbox_only_delete_has_no_content"),

@@ -196,7 +196,7 @@ async def test_no_token_and_no_name_is_true_of_nothing(primary: AsyncEngine) -> 
     for damaged in ("", "o1.", token[:-1], token[:-2] + "xy", "o9." + token[3:], "käse"):
         with pytest.raises(InvalidToken):
             await manager.wait_for_sync(damaged)
-    elsewhere = SyncToken.of(2**60, [(10**12, ["picky"])])
+    elsewhere = SyncToken.of(2**60, 1, [(10**12, ["picky"])])
     assert (await manager.wait_for_sync(elsewhere, timeout=5))["picky"].state is SyncState.UNKNOWN
     assert (await manager.wait_for_sync(elsewhere, timeout=0)) != await manager.wait_for_sync(token, timeout=0)
 
@@ -305,11 +305,13 @@ async def test_a_token_is_the_same_however_it_is_put_together(primary: AsyncEngi
 async def test_a_forged_token_costs_no_more_than_a_look(primary: AsyncEngine) -> None:
     """What comes from outside may claim any number of events; it is looked through a page at a time."""
     _, manager = await one(primary)
-    token = _forged(f"3.1N{2**62:x}.search")
+    token = _forged(f"3.1.1N{2**62:x}.search")
     result = await manager.wait_for_sync(token, timeout=5)
     assert (result["search"].events, result["search"].done, bool(result)) == (2**62, 0, False)
     assert not await manager.wait_for_sync(_forged(""), timeout=0)
-    for body in ("-1.1.search", f"1.1N{2**63:x}.search", "1.1." + "x" * 64, "7", "1.1.search~", "1.1.S", "1.1R.search"):
+    beyond = f"{2**63:x}"
+    numbers = ("-1.1.1.search", f"{beyond}.1.1.search", f"1.{beyond}.1.search", f"1.1.1N{beyond}.search")
+    for body in (*numbers, "1.1.1." + "x" * 64, "7", "1.1.search", "1.1.1.search~", "1.1.1.S", "1.1.1R.search"):
         token = _forged(body)
         if body.endswith("~"):
             assert not await manager.wait_for_sync(token, timeout=0)

@@ -14,5 +14,6 @@ select concat_ws('/',
 )
 select current.epoch,
        (select case when is_called then last_value else 0 end from "public".outbox_event_id_seq) as highest,
+       coalesce((select max(event_id) from "public".outbox), 0) as committed,
        coalesce((select doubted from noted), false) as doubted
 from current

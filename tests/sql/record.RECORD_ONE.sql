@@ -1,10 +1,10 @@
 with writer as materialized (
-    select pg_current_xact_id() as transaction_id
+    select pg_current_xact_id() as transaction_id, cast(extract(epoch from transaction_timestamp()) * 1000000 as bigint) as stamp
 ), event as materialized (
     select nextval('"public".outbox_event_id_seq') as event_id,
            cast(hashtextextended(tenant_id, 0) & 63 as smallint) as lane,
            hashtextextended(tenant_id || '/' || resource_type || '/' || resource_id, 0) as key_hash,
-           writer.transaction_id, given.*,
+           writer.transaction_id, writer.stamp, given.*,
            array(
                select secondary.backend_id
                from "public".outbox_secondary as secondary
@@ -22,16 +22,17 @@ with writer as materialized (
         as given (tenant_id, resource_type, resource_id, operation, version, fhir_version, content, bulk_id, headers)
 ), written as (
     insert into "public".outbox
-        (event_id, tenant_id, resource_type, resource_id, operation, version, fhir_version, content, bulk_id, headers)
+        (event_id, tenant_id, resource_type, resource_id, operation, version, fhir_version, content, bulk_id, headers,
+         stamp)
     overriding system value
     select event_id, tenant_id, resource_type, resource_id, operation, version, fhir_version,
-           cast(content as json), bulk_id, cast(headers as json)
+           cast(content as json), bulk_id, cast(headers as json), stamp
     from event
 ), owed as (
     insert into "public".outbox_delivery (backend_id, lane, event_id, key_hash)
     select owed.backend_id, event.lane, event.event_id, event.key_hash
     from event cross join unnest(event.owed_to) as owed (backend_id)
 )
-select event_id, owed_to, cast(cast(transaction_id as text) as bigint) as transaction_id,
+select event_id, owed_to, cast(cast(transaction_id as text) as bigint) as transaction_id, stamp,
        owed_to <> '{}' or exists (select from "public".outbox_secondary) as anybody
 from event

@@ -16,8 +16,9 @@ with recent as materialized (
           where owed.event_id = any (cast($2 as bigint[]))
       )
 )
-select asked.backend_id, asked.event_id, count(*) as attempts,
+select asked.*, count(*) as attempts,
        (array_agg(recent.passed order by recent.attempt_id desc))[1] as superseded
-from unnest(cast($3 as text[]), cast($2 as bigint[])) as asked (backend_id, event_id)
+from unnest(cast($3 as text[]), cast($2 as bigint[]), cast($4 as bigint[]))
+    as asked (backend_id, event_id, stamp)
 join recent on recent.backend_id = asked.backend_id and recent.event_id = asked.event_id
-group by asked.backend_id, asked.event_id
+group by asked.backend_id, asked.event_id, asked.stamp

@@ -3,16 +3,17 @@ with in_hand as materialized (
     from "public".outbox_attempt as attempt
     where attempt.finished_at is null and attempt.backend_id = any (cast($1 as text[]))
 )
-select asked.backend_id, asked.event_id, event.event_id is not null as known,
+select asked.*, event.event_id is not null as known, event.stamp = asked.stamp as its_own,
        delivery.event_id is not null as waiting,
        (asked.backend_id, asked.event_id) in (select backend_id, event_id from in_hand) as in_hand,
        hold.state as hold, coalesce(hold.attempts, discarded.attempts, 0) as attempts,
        coalesce(hold.error_code, discarded.error_code) as error_code,
        discarded.event_id is not null as discarded, secondary.status
-from unnest(cast($1 as text[]), cast($2 as bigint[])) as asked (backend_id, event_id)
+from unnest(cast($1 as text[]), cast($2 as bigint[]), cast($3 as bigint[]))
+    as asked (backend_id, event_id, stamp)
 left join "public".outbox_secondary as secondary on secondary.backend_id = asked.backend_id
 left join lateral (
-    select event.event_id, event.tenant_id, event.resource_type, event.resource_id,
+    select event.event_id, event.stamp, event.tenant_id, event.resource_type, event.resource_id,
            cast(hashtextextended(event.tenant_id, 0) & 63 as smallint) as lane,
            hashtextextended(event.tenant_id || '/' || event.resource_type || '/' || event.resource_id, 0) as key_hash
     from "public".outbox as event where event.event_id = asked.event_id offset 0
