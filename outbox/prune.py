@@ -122,11 +122,18 @@ with page as materialized (
 select max(event_id) from page
 """)
 
-# A note of what was given up is of use as long as somebody may ask about its event.
+# A note of what was given up is of use as long as somebody may ask about an event that it stands for: the newest may be
+# forgotten first, when an older one is still owed to another secondary.
 PRUNE_DISCARDED = Statement("""
 delete from {schema}.outbox_discarded as discarded
 where discarded.discarded_at < statement_timestamp() - cast(:keep as interval)
-  and not exists (select from {schema}.outbox as event where event.event_id = discarded.event_id offset 0)
+  and not exists (
+      select from {schema}.outbox as event
+      where event.event_id between discarded.oldest_id and discarded.event_id
+        and event.tenant_id = discarded.tenant_id and event.resource_type = discarded.resource_type
+        and event.resource_id = discarded.resource_id
+      offset 0
+  )
 """)
 
 PRUNE_ATTEMPTS = Statement("""
@@ -170,7 +177,7 @@ async def fold(connection: asyncpg.Connection[Any], schema: str, backend_id: str
 
 
 async def prune_discarded(connection: asyncpg.Connection[Any], schema: str, keep: timedelta) -> None:
-    """Delete notes of discarded events that are gone and older than `keep`."""
+    """Delete notes that are older than `keep` and of whose events none is left."""
     await connection.execute(*PRUNE_DISCARDED.arguments(schema, {"keep": keep}))
 
 
