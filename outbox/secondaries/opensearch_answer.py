@@ -6,12 +6,13 @@ import re
 from collections.abc import Mapping
 from datetime import UTC, datetime, timedelta
 from email.utils import parsedate_to_datetime
+from typing import Any
 
 import msgspec
 
 from outbox.errors import Unavailable
 
-__all__ = ["Answer", "error_type", "raise_refused", "retry_after_of"]
+__all__ = ["Answer", "error_type", "raise_refused", "raise_unreadable", "retry_after_of"]
 
 _LONGEST_WAIT = timedelta(hours=1)
 _ERROR_TYPE = re.compile(r"[a-z][a-z0-9_]{0,63}")
@@ -54,6 +55,16 @@ def raise_refused(answer: Answer) -> None:
         f"the search server answered the request with status {answer.status}",
         retry_after=answer.retry_after,
     )
+
+
+def raise_unreadable(answer: Answer) -> None:
+    """Raise `Unavailable` unless the answer is a JSON object, as all of a search server's are."""
+    try:
+        msgspec.json.decode(answer.body, type=dict[str, Any])
+    except msgspec.MsgspecError:
+        raise Unavailable(
+            "unreadable_answer", "what answers is no search server", retry_after=answer.retry_after
+        ) from None
 
 
 def error_type(found: str) -> str:

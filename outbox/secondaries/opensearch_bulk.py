@@ -10,7 +10,7 @@ import msgspec
 
 from outbox.event import SyncEvent
 from outbox.secondaries.base import Applied, Outcome, Rejected, Retry, Stale
-from outbox.secondaries.opensearch_answer import Answer, error_type
+from outbox.secondaries.opensearch_answer import Answer, error_type, raise_unreadable
 from outbox.secondaries.opensearch_documents import alias_name, document_id, document_text, index_name, is_behind
 
 __all__ = [
@@ -121,10 +121,12 @@ def outcomes_of(answer: Answer, writes: Sequence[Write]) -> list[Outcome]:
     """Read an answer against the request it belongs to; whatever does not fit is of unknown outcome.
 
     An answer of another length says nothing about any write, for nobody can tell which item is missing or too many.
+    Raises `Unavailable` when it is no JSON object: a page that says "back soon" is no search server's word on an event.
     """
     try:
         items = _DECODER.decode(answer.body).items
     except msgspec.MsgspecError:
+        raise_unreadable(answer)
         items = []
     if len(items) != len(writes):
         return [UNKNOWN_OUTCOME] * len(writes)

@@ -9,12 +9,10 @@ from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from datetime import timedelta
 from typing import Any
 
-import msgspec
-
 from outbox.errors import SettingsError, Unavailable
 from outbox.event import SyncEvent
 from outbox.secondaries.base import Outcome, Rejected, ResourceDigest, Retry
-from outbox.secondaries.opensearch_answer import raise_refused
+from outbox.secondaries.opensearch_answer import raise_refused, raise_unreadable
 from outbox.secondaries.opensearch_bulk import (
     INDEX_MISSING,
     SECONDARY_FAULTS,
@@ -148,10 +146,7 @@ class SearchSecondary:
         """Return when the server answers; raise `Unavailable` when it does not."""
         answer = await self._http.send(Request("GET", "/"))
         raise_refused(answer)
-        try:
-            msgspec.json.decode(answer.body, type=dict[str, msgspec.Raw])
-        except msgspec.MsgspecError as error:
-            raise Unavailable("unreadable_answer", "what answers is no search server") from error
+        raise_unreadable(answer)
 
     async def aclose(self) -> None:
         """Close the client if it was made from an address; calling it twice is harmless."""

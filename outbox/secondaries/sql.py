@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Coroutine, Sequence
+from contextlib import asynccontextmanager
 from datetime import timedelta
 from operator import attrgetter
 from typing import Any, TypeVar
@@ -15,14 +16,15 @@ from typing import Any, TypeVar
 import sqlalchemy as sa
 import tenacity
 from sqlalchemy.exc import DBAPIError
-from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
+from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
-from outbox.errors import SettingsError, Unavailable
+from outbox.errors import Unavailable
 from outbox.event import SyncEvent
 from outbox.secondaries.base import Applied, Outcome, Rejected, ResourceDigest, Retry, Stale, Summary
 from outbox.secondaries.sql_digest import digests, live, summary, summing, within
-from outbox.secondaries.sql_failure import FAILURES, code_of, is_contention, is_fault_of_a_row
-from outbox.secondaries.sql_table import MYSQL, SENT, guarded_upsert, resources_table
+from outbox.secondaries.sql_engine import engine_of
+from outbox.secondaries.sql_failure import FAILURES, code_of, is_contention, is_fault_of_a_row, is_overtime
+from outbox.secondaries.sql_table import SENT, guarded_upsert, resources_table
 
 __all__ = ["SqlSecondary"]
 
@@ -35,6 +37,8 @@ _PAGE = 200
 _KEYS_AT_ONCE = 500
 # Keeps a statement full of the largest contents well below the 1 GiB that PostgreSQL takes.
 _AT_ONCE = {"insertmanyvalues_page_size": 250}
+_HELD = "other writers held the row"
+_TOO_LONG = Retry("timeout", "no end in time, though the database answers")
 
 
 class SqlSecondary:
@@ -57,7 +61,7 @@ class SqlSecondary:
     ) -> None:
         self.backend_id = backend_id
         self._owned = not isinstance(engine_or_url, AsyncEngine)
-        self._engine = _engine(engine_or_url)
+        self._engine = engine_of(engine_or_url, timeout)
         self._is_sqlite = self._engine.dialect.name == "sqlite"
         self._table = resources_table(table, schema)
         self._upsert = guarded_upsert(self._table, self._engine.dialect.name)
@@ -67,12 +71,19 @@ class SqlSecondary:
     async def apply(self, batch: Sequence[SyncEvent]) -> Sequence[Outcome]:
         """Upsert the batch in one transaction; a row that the database refuses is `Rejected` alone.
 
-        A batch that meets deadlocks is tried again a few times here, and is `Retry` when that did not help. Raises
-        `Unavailable` for everything else that goes wrong.
+        A batch that meets deadlocks is tried again a few times here, then in halves: a row that still does is `Retry`
+        alone. When time runs out though the database answers, the batch is `Retry`, so that its rows go one by one and
+        the row that somebody keeps locked is found. Raises `Unavailable` for everything else that goes wrong.
         """
         if not batch:
             return []
-        return await self._run(self._apply(batch))
+        try:
+            return await self._run(self._apply(batch))
+        except Unavailable as error:
+            if error.code != "timeout":
+                raise
+        await self.check()
+        return [_TOO_LONG] * len(batch)
 
     async def scan(self, tenant_id: str, resource_type: str, after: str | None = None) -> AsyncIterator[ResourceDigest]:
         """Yield the live resources in id order, with a short transaction for every 200 of them."""
@@ -148,7 +159,8 @@ class SqlSecondary:
         except FAILURES as error:
             # It may come back as another server, or restored: look for the table again.
             self._ready = False
-            raise Unavailable(code_of(error), "the database did not do what it was asked") from None
+            code = "timeout" if is_overtime(error) else code_of(error)
+            raise Unavailable(code, "the database did not do what it was asked") from None
 
     # Twice, as another process may create the table between our look and our statement.
     @tenacity.retry(
@@ -166,12 +178,12 @@ class SqlSecondary:
         try:
             return await self._store(batch)
         except DBAPIError as error:
-            if is_contention(error):
-                return [Retry(code_of(error), "other writers held the rows")] * len(batch)
-            if not is_fault_of_a_row(error):
+            contended = is_contention(error)
+            if not contended and not is_fault_of_a_row(error):
                 raise
             if len(batch) == 1:
-                return [Rejected(code_of(error), "the database refuses this row")]
+                code = code_of(error)
+                return [Retry(code, _HELD) if contended else Rejected(code, "the database refuses this row")]
         half = len(batch) // 2
         return [*await self._apply(batch[:half]), *await self._apply(batch[half:])]
 
@@ -184,7 +196,7 @@ class SqlSecondary:
     async def _store(self, batch: Sequence[SyncEvent]) -> list[Outcome]:
         # Relays that meet on the same keys lock them in one order, and so never in a circle.
         rows = [{name: getattr(event, name) for name in SENT} for event in sorted(batch, key=attrgetter("key"))]
-        async with self._engine.begin() as connection:
+        async with self._writing() as connection:
             result = await connection.execute(self._upsert, rows, execution_options=_AT_ONCE)
             if result.returns_rows:
                 # What was neither written nor an error is what the guard skipped.
@@ -192,6 +204,18 @@ class SqlSecondary:
                 return [Applied() if event.key in written else Stale() for event in batch]
             held = await self._positions(connection, [event.key for event in batch])
         return [_outcome(event, held.get(event.key)) for event in batch]
+
+    @asynccontextmanager
+    async def _writing(self) -> AsyncIterator[AsyncConnection]:
+        """Open a transaction, on a connection that is not used again when the database refuses for its own reasons."""
+        async with self._engine.begin() as connection:
+            try:
+                yield connection
+            except DBAPIError as error:
+                # What a session may do can be settled when it begins; after a grant, only a new one may do it.
+                if not (self._is_sqlite or is_contention(error) or is_fault_of_a_row(error)):
+                    await connection.invalidate()
+                raise
 
     async def _positions(self, connection: AsyncConnection, keys: Sequence[_Key]) -> dict[_Key, int]:
         """Read what MySQL holds: it cannot return what it wrote, and its row counts do not tell."""
@@ -250,21 +274,6 @@ async def _whole(work: Coroutine[Any, Any, _Got]) -> _Got:
     except asyncio.CancelledError:
         await asyncio.gather(working, return_exceptions=True)
         raise
-
-
-def _engine(given: AsyncEngine | sa.URL | str) -> AsyncEngine:
-    url = given.url if isinstance(given, AsyncEngine) else sa.make_url(given)
-    database = url.get_backend_name()
-    if database not in ("postgresql", "sqlite", *MYSQL):
-        raise SettingsError("engine_or_url", "must be of PostgreSQL, MariaDB, MySQL or SQLite")
-    if database == "sqlite" and url.database in (None, "", ":memory:"):
-        raise SettingsError("engine_or_url", "SQLite in memory is lost with its connection; name a file")
-    if isinstance(given, AsyncEngine):
-        return given
-    # SQLite has one writer: in one process they take turns at the pool, not by trying again and again. Elsewhere an
-    # upsert at this level waits for other writers, where a higher one would fail or lock the gaps between keys.
-    options = {"pool_size": 1, "max_overflow": 0} if database == "sqlite" else {"isolation_level": "READ COMMITTED"}
-    return create_async_engine(given, pool_pre_ping=True, hide_parameters=True, **options)
 
 
 def _outcome(event: SyncEvent, held: int | None) -> Outcome:

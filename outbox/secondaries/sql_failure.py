@@ -6,7 +6,7 @@ import asyncpg
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 
-__all__ = ["FAILURES", "code_of", "is_contention", "is_fault_of_a_row"]
+__all__ = ["FAILURES", "code_of", "is_contention", "is_fault_of_a_row", "is_overtime"]
 
 # What asyncpg raises while connecting reaches us as it is.
 FAILURES = (DBAPIError, PoolTimeout, OSError, asyncpg.PostgresError, asyncpg.InterfaceError)
@@ -16,6 +16,8 @@ FAILURES = (DBAPIError, PoolTimeout, OSError, asyncpg.PostgresError, asyncpg.Int
 _ROW_AT_FAULT = ("22", "23", "44", "45", "54", "P0", "1366", "3819", "SQLITE_CONSTRAINT", "SQLITE_TOOBIG")
 # Serialization failure, deadlock, lock not available; and MySQL's lock wait timeout.
 _CONTENDED = ("40001", "40P01", "55P03", "1205")
+# The server's own limit for a statement was reached: PostgreSQL's, MariaDB's, MySQL's.
+_OVERTIME = ("57014", "70100", "1969", "3024")
 
 
 def code_of(error: BaseException) -> str:
@@ -41,3 +43,8 @@ def is_contention(error: BaseException) -> bool:
 def is_fault_of_a_row(error: BaseException) -> bool:
     """Say whether one row of the batch may have spoiled it for the others."""
     return code_of(error).startswith(_ROW_AT_FAULT)
+
+
+def is_overtime(error: BaseException) -> bool:
+    """Say whether time ran out, here or there, which one row may be the cause of."""
+    return code_of(error).startswith(("timeout", *_OVERTIME))

@@ -9,6 +9,9 @@ late; what slips through shows as drift in the next reconcile.
 from __future__ import annotations
 
 import asyncio
+import errno
+import socket
+import ssl
 from collections import deque
 from collections.abc import AsyncIterator, Collection, Iterator, Sequence
 from contextlib import contextmanager
@@ -26,6 +29,22 @@ _PAGE = 200
 _ANSWERS: dict[bool, Outcome] = {True: Applied(), False: Stale()}
 _NO_ANSWER = Retry("unknown_outcome", "the store answered neither true nor false")
 _HUNG = Retry("timeout", "no answer about this resource in time, though the store answers")
+# What the system says when it is the way to the store, or the store as a whole, that fails. Python has a
+# `ConnectionError` for some of them only, and asyncio gives no number when several addresses failed.
+_AWAY = frozenset(
+    {
+        None,
+        errno.EHOSTDOWN,
+        errno.EHOSTUNREACH,
+        errno.ENETDOWN,
+        errno.ENETUNREACH,
+        errno.EDQUOT,
+        errno.EMFILE,
+        errno.ENFILE,
+        errno.ENOSPC,
+        errno.EROFS,
+    }
+)
 # To be asked for; that it is not there is an answer.
 _NOWHERE = ("outbox", "Check", "check")
 
@@ -35,7 +54,8 @@ class ResourceStorage(Protocol):
 
     Writes answer whether they changed anything; absence is an answer, not an error. About one resource a store raises
     `ResourceBusy` (it may be taken later) or `ResourceRefused` (it never will be), about itself `Unavailable`. A
-    `ConnectionError` says the same of the store, and so does a `TimeoutError`, unless the store still answers a read.
+    `ConnectionError` says the same of the store, as do a name that does not resolve, a network without a way, a failed
+    TLS handshake and a full disk; and so does a `TimeoutError`, unless the store still answers a read.
     What any other error was about is found out by trying again with fewer resources at a time.
 
     A secondary calls `create_or_update`, `delete`, `read` and `list`. It never calls `create`, which cannot be
@@ -185,7 +205,9 @@ class ResourceStorageSecondary:
         except TimeoutError:
             await self.check()
             return _HUNG
-        except ConnectionError:
+        except OSError as error:
+            if not _is_away(error):
+                raise
             raise _unreachable() from None
 
     async def _send(self, event: SyncEvent) -> bool:
@@ -242,8 +264,15 @@ def _reading() -> Iterator[None]:
         raise Unavailable(error.code, error.problem, retry_after=error.retry_after) from None
     except TimeoutError:
         raise Unavailable("timeout", "the store did not answer a read in time") from None
-    except ConnectionError:
+    except OSError as error:
+        if not _is_away(error):
+            raise
         raise _unreachable() from None
+
+
+def _is_away(error: OSError) -> bool:
+    """Say whether an error is about the store, and not about one resource, such as a name that is too long."""
+    return isinstance(error, (ConnectionError, socket.gaierror, ssl.SSLError)) or error.errno in _AWAY
 
 
 def _unreachable() -> Unavailable:

@@ -20,14 +20,14 @@ from typing import Any
 from urllib.parse import unquote
 
 from redis.asyncio import Redis
-from redis.asyncio.retry import Retry
+from redis.asyncio.retry import Retry as Again
 from redis.backoff import NoBackoff
 from redis.client import NEVER_DECODE
 from redis.exceptions import NoScriptError, RedisError
 
 from outbox.errors import SettingsError, Unavailable
 from outbox.event import SyncEvent
-from outbox.secondaries.base import Applied, Outcome, ResourceDigest, Stale
+from outbox.secondaries.base import Applied, Outcome, ResourceDigest, Retry, Stale
 from outbox.secondaries.reading import digest_of
 from outbox.secondaries.valkey_failure import code_of
 from outbox.secondaries.valkey_script import APPLY, APPLY_SHA, HIGHEST, RAISE, values_of
@@ -40,6 +40,12 @@ _PAGE = 200
 _BYTES_AT_ONCE = 4 * 1024 * 1024
 _EVENTS_AT_ONCE = 1_000
 _KEYS_AT_ONCE = 1_000
+_ANSWERS: dict[int, Outcome] = {
+    1: Applied(),
+    0: Stale(),
+    -1: Retry("WRONGTYPE", "another hand's key stands where this resource belongs"),
+}
+_UNKNOWN = Retry("unknown_outcome", "the server answered in other words than the script's")
 # Answers stay bytes, whatever the client was told to do with them.
 _BYTES: dict[str, Any] = {NEVER_DECODE: True}
 
@@ -126,7 +132,7 @@ class ValkeySecondary:
     async def content_of(self, resource_type: str, resource_id: str, *, tenant_id: str = "default") -> str | None:
         """Return the JSON text held for a resource; None when it is absent or deleted."""
         [(_, content)] = await self._fields([self._key(tenant_id, resource_type, resource_id)])
-        return None if content is None else content.decode()
+        return content.decode() if content else None
 
     async def check(self) -> None:
         """Return when the server answers; raise `Unavailable` when it does not."""
@@ -144,7 +150,9 @@ class ValkeySecondary:
         try:
             async with asyncio.timeout(self._timeout):
                 yield
-        except (RedisError, OSError) as error:
+        except UnicodeEncodeError:
+            raise
+        except (RedisError, OSError, ValueError) as error:
             raise Unavailable(code_of(error), "the server did not do what it was asked") from None
 
     async def _apply(self, events: Sequence[SyncEvent]) -> list[Outcome]:
@@ -156,7 +164,9 @@ class ValkeySecondary:
             applied = await self._execute("EVALSHA", APPLY_SHA, *arguments)
         except NoScriptError:
             applied = await self._execute("EVAL", APPLY, *arguments)
-        return [Applied() if done else Stale() for done in applied]
+        if not isinstance(applied, list) or len(applied) != len(events):
+            return [_UNKNOWN] * len(events)
+        return [_ANSWERS.get(answer, _UNKNOWN) if isinstance(answer, int) else _UNKNOWN for answer in applied]
 
     async def _ids(self, index: bytes, lowest: bytes) -> list[str]:
         command = ("ZRANGEBYLEX", index, lowest, b"+", "LIMIT", 0, _PAGE)
@@ -178,11 +188,11 @@ class ValkeySecondary:
         return await asyncio.to_thread(_digests, ids, fields)
 
     async def _fields(self, keys: Sequence[bytes]) -> list[tuple[bytes | None, bytes | None]]:
-        """Return the position and the content of each key."""
+        """Return the position and the content of each key; of another hand's key, what equals nothing."""
         async with self._working(), self._client.pipeline(transaction=False) as pipeline:
             for key in keys:
                 pipeline.execute_command("HMGET", key, "position", "content", **_BYTES)
-            return [(position, content) for position, content in await pipeline.execute()]
+            return [_fields_of(answer) for answer in await pipeline.execute(raise_on_error=False)]
 
     async def _walk(self, kind: str) -> AsyncIterator[Sequence[bytes]]:
         """Yield our keys of one type; what is there from begin to end comes at least once."""
@@ -219,7 +229,7 @@ class ValkeySecondary:
 
 def _connect(url: str) -> Redis:
     # Once again at once, for a pooled connection that did not survive the server's restart; the relay does the rest.
-    client: Redis = Redis.from_url(url, retry=Retry(NoBackoff(), 1))
+    client: Redis = Redis.from_url(url, retry=Again(NoBackoff(), 1))
     return client
 
 
@@ -235,6 +245,15 @@ def _parts(batch: Sequence[SyncEvent]) -> Iterator[list[SyncEvent]]:
         size += more
     if part:
         yield part
+
+
+def _fields_of(answer: Any) -> tuple[bytes | None, bytes | None]:
+    if not isinstance(answer, Exception):
+        position, content = answer
+        return position, content
+    if code_of(answer) == "WRONGTYPE":
+        return b"0", b""
+    raise answer
 
 
 def _digests(ids: Sequence[str], fields: Sequence[tuple[bytes | None, bytes | None]]) -> list[ResourceDigest]:

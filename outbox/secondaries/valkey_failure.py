@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 from redis.exceptions import (
+    AskError,
     AuthenticationError,
     BusyLoadingError,
+    ClusterCrossSlotError,
+    ClusterDownError,
     MasterDownError,
+    MovedError,
     NoPermissionError,
     OutOfMemoryError,
     ReadOnlyError,
     ResponseError,
+    TryAgainError,
 )
 from redis.exceptions import TimeoutError as RedisTimeout
 
@@ -24,6 +29,13 @@ _CODES: dict[type[Exception], str] = {
     OutOfMemoryError: "OOM",
     AuthenticationError: "NOAUTH",
     NoPermissionError: "NOPERM",
+    MovedError: "MOVED",
+    AskError: "ASK",
+    ClusterDownError: "CLUSTERDOWN",
+    TryAgainError: "TRYAGAIN",
+    ClusterCrossSlotError: "CROSSSLOT",
+    # What the client raises on an answer that it cannot take apart.
+    ValueError: "unreadable_answer",
 }
 
 

@@ -16,12 +16,18 @@ local function above(one, other) return #one > #other or (#one == #other and one
 
 # A full server stops a script before it has written anything or not at all, so the highest position is written last:
 # a delete, which a full server takes, must not be refused for it. Were it stopped later, every event up to there still
-# stands whole.
+# stands whole. A key of another kind in an event's way is found before anything of the event is written, and is that
+# event's trouble alone.
 APPLY = (
     _ABOVE
     + b"""
 local function keep(resource, field, value)
   if value == '' then redis.call('HDEL', resource, field) else redis.call('HSET', resource, field, value) end
+end
+local function failed(answer) return type(answer) == 'table' and answer.err end
+local function foreign(answer) return failed(answer) and answer.err:find('WRONGTYPE', 1, true) end
+local function list(index, id, content)
+  if content == '' then return redis.pcall('ZREM', index, id) else return redis.pcall('ZADD', index, 0, id) end
 end
 local outcomes = {}
 local before = redis.call('HGET', KEYS[1], 'position') or '0'
@@ -29,11 +35,16 @@ local highest = before
 for n = 1, (#KEYS - 1) / 2 do
   local resource, index = KEYS[2 * n], KEYS[2 * n + 1]
   local id, position, content, version, fhir_version = unpack(ARGV, 5 * n - 3, 5 * n + 1)
-  local held = redis.call('HGET', resource, 'position')
-  if held and not above(position, held) then
+  local held = redis.pcall('HGET', resource, 'position')
+  local fresh = not failed(held) and not (held and not above(position, held))
+  local listed = fresh and list(index, id, content)
+  if foreign(held) or foreign(listed) then
+    outcomes[n] = -1
+  elseif failed(held) or failed(listed) then
+    return failed(held) and held or listed
+  elseif not fresh then
     outcomes[n] = 0
   else
-    if content == '' then redis.call('ZREM', index, id) else redis.call('ZADD', index, 0, id) end
     keep(resource, 'content', content)
     keep(resource, 'version', version)
     keep(resource, 'fhir_version', fhir_version)

@@ -206,8 +206,21 @@ async def test_an_item_that_does_not_fit_is_unknown_alone(
         "",
         "[]",
         "null",
-        '{"items":null}',
         '{"errors":false,"items":[{"index":{"_index":"outbox-patient","_id":"acme:p1","stat',
+    ],
+)
+async def test_a_200_that_is_no_json_object_is_no_search_server_s_word(search: Search, server: SearchServer, text: str):
+    """B3: a page that says "back soon" costs no event an attempt."""
+    server.bulk = lambda _: web.Response(text=text, content_type="text/html", headers={"Retry-After": "7"})
+    error = await refusal(search)
+    assert (error.code, error.retry_after) == ("unreadable_answer", timedelta(seconds=7))
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        '{"items":null}',
+        '{"acknowledged":true}',
         '{"items":[{"create":{}},{"create":{}}]}',
         '{"items":[7,8]}',
         '{"items":[{"index":{"_index":"outbox-patient","_id":"acme:p1","status":"201"}},{}]}',

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import errno
+import socket
 import sqlite3
+import ssl
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
 from contextlib import closing
 from datetime import UTC, datetime, timedelta
@@ -216,7 +219,15 @@ async def test_a_locked_file_is_unavailable(notes: ResourceStorageSecondary, sto
 
 @pytest.mark.parametrize(
     ("error", "code"),
-    [(Unavailable("down", "for today"), "down"), (ConnectionRefusedError(), "unreachable")],
+    [
+        (Unavailable("down", "for today"), "down"),
+        (ConnectionRefusedError(), "unreachable"),
+        (socket.gaierror(socket.EAI_NONAME, "no such name"), "unreachable"),
+        (OSError("Multiple exceptions: of as many addresses"), "unreachable"),
+        (OSError(errno.EHOSTUNREACH, "no way there"), "unreachable"),
+        (OSError(errno.ENOSPC, "full"), "unreachable"),
+        (ssl.SSLCertVerificationError(1, "expired"), "unreachable"),
+    ],
 )
 async def test_a_store_that_is_gone_blames_no_event(
     notes: ResourceStorageSecondary, storage: FaultyStorage, error: Exception, code: str
@@ -227,6 +238,16 @@ async def test_a_store_that_is_gone_blames_no_event(
     assert caught.value.code == code
     dispatched = await dispatch(notes, attempt(named("abcdef")), timedelta(seconds=30))
     assert dispatched.results == [Released(code)] * 6
+
+
+async def test_a_name_too_long_for_a_file_is_one_resource_s_trouble(
+    notes: ResourceStorageSecondary, storage: FaultyStorage
+):
+    storage.faults["c"] = raising(OSError(errno.ENAMETOOLONG, "secret"))
+    dispatched = await dispatch(notes, attempt(named("abcdef")), timedelta(seconds=30))
+    assert dispatched.unavailable is None
+    assert dispatched.results[2] == Retry("adapter_error", "the adapter raised OSError")
+    assert [digest.resource_id for digest in await seen(notes)] == list("abdef")
 
 
 async def test_a_store_that_goes_amid_a_batch_leaves_what_it_did(

@@ -231,9 +231,27 @@ async def test_a_given_client_stays_open(cache: ValkeySecondary, client: Redis):
     assert await client.ping()
 
 
-async def test_a_foreign_key_in_the_way_stops_everything(cache: ValkeySecondary, client: Redis):
+async def test_a_foreign_key_in_the_way_stops_its_resource_alone(cache: ValkeySecondary, client: Redis):
+    """F1: it is retried, the others arrive, and a listing shows it as different from anything."""
+    await cache.apply(batch := [write("o", 1), write("p", 2), write("q", 3)])
     await client.set("cache:acme:Patient:p", "mine")
-    assert await _code(cache) == "WRONGTYPE"
+    outcomes = await cache.apply([write("o", 4), write("p", 5), remove("q", 6)])
+    assert [getattr(outcome, "code", "") for outcome in outcomes] == ["", "WRONGTYPE", ""]
+    damaged = ResourceDigest("p", 0, "")
+    assert await seen(cache) == [*held([write("o", 4)]), damaged]
+    assert await cache.find("acme", "Patient", ["p"]) == [damaged]
+    assert await cache.content_of("Patient", "p", tenant_id="acme") is None
+    await client.delete("cache:acme:Patient:p")
+    assert list(await cache.apply([batch[1]])) == [Applied()]
+
+
+async def test_a_foreign_key_in_an_index_s_place_stops_its_scope_alone(cache: ValkeySecondary, client: Redis):
+    """Nothing of an event is written before it is found."""
+    await client.set("cache:acme:Patient", "mine")
+    outcomes = await cache.apply([write("o", 1, place=("acme", "Organization")), write("p", 2), remove("q", 3)])
+    assert [getattr(outcome, "code", "") for outcome in outcomes] == ["", "WRONGTYPE", "WRONGTYPE"]
+    assert not await client.exists("cache:acme:Patient:p", "cache:acme:Patient:q")
+    assert await cache.highest_position() == 1
 
 
 async def test_a_full_server_is_unavailable_and_loses_nothing(remote: ValkeySecondary, server: ValkeyServer):
