@@ -1,1 +1,1 @@
-"""What users need to test their own secondaries and applications: servers, the conformance suite."""
+"""What users need to test their own secondaries and applications: servers, the suite, the failure lab, a relay."""
