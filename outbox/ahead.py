@@ -12,13 +12,14 @@ import itertools
 import logging
 from collections.abc import Sequence
 from datetime import timedelta
+from typing import Any
 
 import msgspec
 from sqlalchemy import text
-from sqlalchemy.ext.asyncio import AsyncEngine
+from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
 from outbox.dispatch import highest_of
-from outbox.epoch import doubt
+from outbox.epoch import DOUBT, doubt
 from outbox.errors import SecondaryError, Unavailable
 from outbox.lanes import HIGHEST
 from outbox.primary import PRIMARY_FAILED, Primary, code_of
@@ -27,7 +28,18 @@ from outbox.secondaries.base import Positioned, Secondary
 from outbox.settings import SyncConfig
 from outbox.statement import Statement
 
-__all__ = ["CLEAR", "HELD_BACK", "LOCK", "MOVE", "PATIENCE", "Ahead", "Moved", "highest_positions", "move_past"]
+__all__ = [
+    "AGAIN",
+    "CLEAR",
+    "HELD_BACK",
+    "LOCK",
+    "MOVE",
+    "PATIENCE",
+    "Ahead",
+    "Moved",
+    "highest_positions",
+    "move_past",
+]
 
 _log = logging.getLogger("outbox.relay")
 
@@ -40,32 +52,87 @@ PATIENCE = Statement("select set_config('lock_timeout', :patience, true)")
 # `setval` would else take back what somebody got in between.
 LOCK = Statement("alter sequence {schema}.outbox_event_id_seq increment by 1")
 
-HELD_BACK = Statement("select coalesce(max(beyond), 0) from {schema}.outbox_secondary")
+HELD_BACK = Statement("select backend_id, beyond from {schema}.outbox_secondary where beyond is not null")
 
+# What is owed to those that are ahead would be refused as old: room is left for it, above all that any of them holds
+# and below whatever is written from now on.
 MOVE = Statement("""
 with given as materialized (
     select case when is_called then last_value else 0 end as highest from {schema}.outbox_event_id_seq
 ), reached as materialized (
     select greatest(
         cast(:seen as bigint),
+        (select highest from given),
         (select max(event_id) from {schema}.outbox),
         (select max(event_id) from {schema}.outbox_delivery)
     ) as highest
+), owed as materialized (
+    select (select count(*) from {schema}.outbox_delivery where backend_id = any (cast(:ahead as text[])))
+         + (select coalesce(sum(cardinality(event_ids)), 0) from {schema}.outbox_attempt
+            where backend_id = any (cast(:ahead as text[])) and finished_at is null)
+         + (select coalesce(sum(cardinality(event_ids)), 0) from {schema}.outbox_hold
+            where backend_id = any (cast(:ahead as text[]))) as events
 )
-select given.highest as before,
-       case when reached.highest > given.highest
-            then setval('{schema}.outbox_event_id_seq', reached.highest)
+select reached.highest as through,
+       case when reached.highest + owed.events > given.highest
+            then setval('{schema}.outbox_event_id_seq', cast(reached.highest + owed.events as bigint))
             else given.highest end as after
-from given cross join reached
+from given cross join reached cross join owed
 """)
 
-# What was written since history went back may have been refused as old: only a comparison brings certainty.
+# Whoever claims takes the row first: from here on to the commit nobody does. What was written since history went back
+# may have been refused as old: only a comparison brings certainty.
 CLEAR = Statement("""
 update {schema}.outbox_secondary
 set beyond = null, doubted_at = statement_timestamp()
-where beyond <= cast(:after as bigint)
-   or backend_id = any (cast(:ahead as text[]))
-returning backend_id
+where backend_id = any (cast(:ahead as text[]))
+""")
+
+# owed      what those that were ahead are owed, wherever it is
+# numbered  its events, each with a position of its own in the room that was left for them
+# written   the same events once more
+# fetched   deliveries become holds, which stand for the old positions too: whoever waits for one waits for its copy
+AGAIN = Statement("""
+with owed as materialized (
+    select backend_id, event_id from {schema}.outbox_delivery where backend_id = any (cast(:ahead as text[]))
+    union
+    select backend_id, unnest(event_ids) from {schema}.outbox_attempt
+    where backend_id = any (cast(:ahead as text[])) and finished_at is null
+    union
+    select backend_id, unnest(event_ids) from {schema}.outbox_hold where backend_id = any (cast(:ahead as text[]))
+), numbered as materialized (
+    select event.event_id, cast(:through as bigint) + row_number() over (order by event.event_id) as position
+    from {schema}.outbox as event
+    where event.event_id in (select event_id from owed) and event.event_id <= cast(:through as bigint)
+), written as (
+    insert into {schema}.outbox
+        (event_id, tenant_id, resource_type, resource_id, operation, version, fhir_version, content, bulk_id, headers,
+         created_at)
+    overriding system value
+    select numbered.position, event.tenant_id, event.resource_type, event.resource_id, event.operation, event.version,
+           event.fhir_version, event.content, event.bulk_id, event.headers, event.created_at
+    from numbered join {schema}.outbox as event on event.event_id = numbered.event_id
+), fetched as (
+    delete from {schema}.outbox_delivery
+    where backend_id = any (cast(:ahead as text[])) and event_id in (select event_id from numbered)
+), held as (
+    insert into {schema}.outbox_hold as hold
+        (backend_id, tenant_id, resource_type, resource_id, key_hash, event_ids, oldest_id, owed_since, state,
+         next_attempt_at)
+    select owed.backend_id, event.tenant_id, event.resource_type, event.resource_id,
+           hashtextextended(event.tenant_id || '/' || event.resource_type || '/' || event.resource_id, 0),
+           array_agg(numbered.position order by numbered.position), min(event.event_id), min(event.created_at),
+           'released', statement_timestamp()
+    from owed
+    join numbered on numbered.event_id = owed.event_id
+    join {schema}.outbox as event on event.event_id = owed.event_id
+    group by owed.backend_id, event.tenant_id, event.resource_type, event.resource_id
+    on conflict (backend_id, key_hash, tenant_id, resource_type, resource_id) do update
+    set event_ids = excluded.event_ids
+            || array(select later from unnest(hold.event_ids) as later where later > cast(:through as bigint)),
+        oldest_id = least(hold.oldest_id, excluded.oldest_id), owed_since = least(hold.owed_since, excluded.owed_since)
+)
+select count(*) as events from numbered
 """)
 
 
@@ -131,8 +198,9 @@ class Ahead:
 class Moved(msgspec.Struct, frozen=True):
     """What `move_past` did: the highest position given `before` and `after`, and how far each secondary was.
 
-    `ahead` names those that were beyond what was given: until they are reconciled it is not known what they hold. Those
-    in `unasked` cannot say how far they are, or did not answer; a relay asks the latter before it carries to them.
+    `ahead` names those that were beyond what was given: until they are reconciled it is not known what they hold.
+    `again` counts the events that they were owed, which were recorded again above all that they hold. Those in
+    `unasked` cannot say how far they are, or did not answer; a relay asks the latter before it carries to them.
     """
 
     before: int
@@ -140,6 +208,7 @@ class Moved(msgspec.Struct, frozen=True):
     positions: dict[str, int]
     ahead: tuple[str, ...]
     unasked: tuple[str, ...]
+    again: int = 0
 
 
 async def highest_positions(registrations: Sequence[Registration], deadline: timedelta) -> dict[str, int | None]:
@@ -152,24 +221,43 @@ async def move_past(engine: AsyncEngine, config: SyncConfig, registrations: Sequ
     """Let the next position be above all that any secondary holds; never lower it. Safe while writers write.
 
     They wait for it, for a moment: it is over at once, or fails after a second behind somebody who keeps a transaction
-    open. Raises `SecondaryError` for what is too far to be true.
+    open. What those that were ahead are owed is then recorded again, above what they hold and in its order, before
+    anything is carried to them: they would refuse it as old, and it would count as done. Raises `SecondaryError` for
+    what is too far to be true.
     """
     answers = await highest_positions(registrations, config.attempt_deadline)
     positions = {name: position for name, position in answers.items() if position is not None}
     schema = config.database_schema
+    # Each statement sees what was committed before it, whatever level the engine has.
+    engine = engine.execution_options(isolation_level="READ COMMITTED")
     async with engine.begin() as connection:
-        held_back = int((await connection.execute(text(HELD_BACK.on(schema)))).scalar_one())
-        seen = max([held_back, *positions.values()])
-        if seen > _FURTHEST:
-            raise SecondaryError(f"a secondary says that it holds position {seen}: too far to be moved past")
-        await connection.execute(text(PATIENCE.on(schema)), {"patience": "1s"})
-        await connection.execute(text(LOCK.on(schema)))
-        before, after = (await connection.execute(text(MOVE.on(schema)), {"seen": seen})).one()
-        ahead = [name for name, position in positions.items() if position > before]
-        parameters = {"after": after, "ahead": ahead}
-        cleared = (await connection.execute(text(CLEAR.on(schema)), parameters)).scalars().all()
+        before, ahead, moved = await _move(connection, schema, positions)
+    again = 0
+    if ahead:
+        # Until this is committed they are withheld: cut off in between, it is for the next call to do.
+        async with engine.begin() as connection:
+            await connection.execute(text(CLEAR.on(schema)), {"ahead": ahead})
+            terms = {"ahead": ahead, "through": moved.through}
+            again = int((await connection.execute(text(AGAIN.on(schema)), terms)).scalar_one())
     unasked = tuple(sorted(answers.keys() - positions.keys()))
-    return Moved(before, after, positions, tuple(sorted({*ahead, *cleared})), unasked)
+    return Moved(before, moved.after, positions, tuple(ahead), unasked, again)
+
+
+async def _move(connection: AsyncConnection, schema: str, positions: dict[str, int]) -> tuple[int, list[str], Any]:
+    """Move positions; return the highest given before, who is ahead and withheld now, and (through, after)."""
+    await connection.execute(text(PATIENCE.on(schema)), {"patience": "1s"})
+    await connection.execute(text(LOCK.on(schema)))
+    before = int((await connection.execute(text(HIGHEST.on(schema)))).scalar_one())
+    held_back = {each.backend_id: each.beyond for each in await connection.execute(text(HELD_BACK.on(schema)))}
+    seen = max([0, *held_back.values(), *positions.values()])
+    if seen > _FURTHEST:
+        raise SecondaryError(f"a secondary says that it holds position {seen}: too far to be moved past")
+    found = {name: position for name, position in positions.items() if position > before}
+    for name, position in found.items():
+        await connection.execute(text(DOUBT.on(schema)), {"backend_id": name, "position": position})
+    ahead = sorted({*held_back, *found})
+    moved = (await connection.execute(text(MOVE.on(schema)), {"seen": seen, "ahead": ahead})).one()
+    return before, ahead, moved
 
 
 async def _position_of(secondary: Secondary, deadline: timedelta) -> int | None:

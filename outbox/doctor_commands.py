@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections import Counter
 from collections.abc import Sequence
 from typing import Annotated
 
@@ -21,7 +22,8 @@ from outbox.render import console, json_text
 
 __all__ = ["doctor"]
 
-_STYLES = {Verdict.OK: "green", Verdict.WARNING: "yellow", Verdict.WRONG: "red", Verdict.UNKNOWN: "dim"}
+# In the order in which they are worth reading.
+_STYLES = {Verdict.WRONG: "red", Verdict.WARNING: "yellow", Verdict.UNKNOWN: "dim", Verdict.OK: "green"}
 
 
 def doctor(
@@ -54,6 +56,7 @@ def doctor(
         if moved is not None:
             typer.echo(_moved_text(moved))
         console().print(_finding_table(findings))
+        typer.echo(_summary(findings))
     if wrong:
         raise typer.Exit(1)
 
@@ -70,12 +73,19 @@ async def _examine(manager: SyncManager, *, repair: bool) -> tuple[Moved | None,
 
 
 def _finding_table(findings: Sequence[Finding]) -> Table:
+    """Return one row per finding, the worst first."""
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     for name in ("looked at", "verdict", "found", "next"):
         table.add_column(name, overflow="fold")
-    for each in findings:
+    for each in sorted(findings, key=lambda finding: list(_STYLES).index(finding.verdict)):
         table.add_row(each.name, Text(each.verdict, _STYLES[each.verdict]), each.found, each.advice)
     return table
+
+
+def _summary(findings: Sequence[Finding]) -> str:
+    """Return how many findings there are of each verdict that there is: `1 wrong, 2 unknown, 17 ok`."""
+    counted = Counter(each.verdict for each in findings)
+    return ", ".join(f"{counted[verdict]} {verdict}" for verdict in _STYLES if counted[verdict])
 
 
 def _moved_text(moved: Moved) -> str:
@@ -85,7 +95,9 @@ def _moved_text(moved: Moved) -> str:
         done = f"moved positions from {moved.before:,} to {moved.after:,}: the next one is above all that is held"
     if moved.ahead:
         again = "; ".join(f"outbox reconcile {name} --repair" for name in moved.ahead)
-        done += f"\nwhat these hold is not known before they are reconciled: {again}"
+        events = f"{moved.again:,} event{'' if moved.again == 1 else 's'}"
+        done += f"\nwhat they are owed was recorded again, above all that they hold: {events}"
+        done += f"\nwhat else these hold is not known before they are reconciled: {again}"
     if moved.unasked:
         done += f"\nnot asked, because they cannot say or did not answer: {', '.join(moved.unasked)}"
     return done

@@ -53,7 +53,7 @@ async def _registry(case: Case) -> Sequence[Finding]:
         findings += found_wrong("registry", said, "start a relay, or await manager.register(); then outbox backfill")
     if unknown:
         said = f"registered, and not of this manager: {', '.join(unknown)}; somebody must carry to them"
-        findings += found_warning("registry", said, "add them to the manager, or remove them from the registry")
+        findings += found_warning("registry", said, "; ".join(f"add it, or outbox remove {name}" for name in unknown))
     if differing:
         said = f"other terms than the registry has: {', '.join(differing)}"
         findings += found_warning("registry", said, "a relay writes this manager's when it starts: is that wanted?")
@@ -100,7 +100,7 @@ async def _ahead(case: Case) -> Sequence[Finding]:
         said = (
             f"the primary has given {given:,} positions, and these were further: {', '.join(ahead)}; history went back"
         )
-        return found_wrong("ahead", said, "outbox doctor --repair, then outbox reconcile NAME --repair for each")
+        return found_wrong("ahead", said, "outbox doctor --repair; it says what to reconcile then")
     silent = [name for name, held in positions.items() if held is None]
     if silent:
         return found_unknown("ahead", f"did not or cannot say how far they are: {', '.join(silent)}")
@@ -124,7 +124,11 @@ def _about(word: str, status: BackendSyncStatus) -> list[str]:
 
 async def _paused(case: Case) -> Sequence[Finding]:
     if paused := [each.backend_id for each in await statuses(case.engine, case.config) if each.status == "paused"]:
-        return found_warning("paused", f"paused: {', '.join(paused)}; what is owed grows", "outbox resume NAME")
+        return found_warning(
+            "paused",
+            f"paused: {', '.join(paused)}; what is owed grows",
+            "; ".join(f"outbox resume {name}" for name in paused),
+        )
     return found_ok("paused", "none is paused")
 
 

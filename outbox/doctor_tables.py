@@ -133,8 +133,8 @@ async def _privileges(case: Case) -> Sequence[Finding]:
 
 async def _persistence(case: Case) -> Sequence[Finding]:
     if names := [name for (name,) in await case.rows(PERSISTENCE)]:
-        said = f"not logged: {', '.join(names)}; a crash empties them"
-        return found_wrong("persistence", said, "alter table ... set logged, then reconcile every secondary")
+        said = f"not logged: {', '.join(names)}; a crash empties them, and every secondary is to be reconciled then"
+        return found_wrong("persistence", said, "; ".join(f"alter table {name} set logged" for name in names))
     return found_ok("persistence", "every table is logged")
 
 
@@ -177,7 +177,7 @@ async def _history(case: Case) -> Sequence[Finding]:
         said = (
             f"history may have gone back (a restore, a clone, a failover) since these were compared: {', '.join(names)}"
         )
-        return found_warning("history", said, "outbox reconcile NAME --repair, for each of them")
+        return found_warning("history", said, "; ".join(f"outbox reconcile {name} --repair" for name in names))
     if unseen := [name for name, epoch, _ in secondaries if epoch is None]:
         return found_unknown("history", f"no relay has carried to {', '.join(unseen)} yet, so nothing to compare with")
     return found_ok("history", "the primary is the one that the secondaries were kept in step with")
@@ -187,7 +187,8 @@ async def _backfills(case: Case) -> Sequence[Finding]:
     running = await case.rows(BACKFILLS)
     if stuck := [f"{name} ({lag_text(age)})" for name, _, age in running if age > _UNMOVED]:
         said = f"has not moved: {', '.join(stuck)}"
-        return found_warning("backfill", said, "outbox backfill NAME goes on where it stopped")
+        again = "; ".join(f"outbox backfill {name}" for name, _, age in running if age > _UNMOVED)
+        return found_warning("backfill", said, f"{again} goes on where it stopped")
     return found_ok("backfill", "none stands still" if running else "none is under way")
 
 

@@ -30,7 +30,7 @@ from outbox.source import Source
 from outbox.statement import Statement
 from outbox.writers import still_writing, writers
 
-__all__ = ["NEWEST", "NOW", "OWED", "RECENT", "Drift", "Judge", "Patience", "Verdict"]
+__all__ = ["NOW", "OWED", "RECENT", "SAID_SINCE", "Drift", "Judge", "Patience", "Verdict"]
 
 _Kind = Literal["missing", "extra", "stale", "altered"]
 
@@ -76,13 +76,27 @@ where event.event_id > :floor and event.tenant_id = :tenant_id and event.resourc
 group by event.resource_id
 """)
 
-# Events have no index by key, which every writer would pay for: this reads all that are kept, once for many keys.
-NEWEST = Statement("""
-select event.resource_id, max(event.event_id) as position
-from {schema}.outbox as event
-where event.tenant_id = :tenant_id and event.resource_type = :resource_type
-  and event.resource_id = any (cast(:resource_ids as text[]))
-group by event.resource_id
+# Since which position the primary says what it says now: whoever holds that or more is not behind. The newest one may
+# say the same again, to one other secondary that was repaired or filled. Events have no index by key, which every
+# writer would pay for: this reads all that are kept, once for many keys.
+SAID_SINCE = Statement("""
+with kept as materialized (
+    select event.resource_id, event.event_id, md5(cast(event.content as text)) as said,
+           first_value(md5(cast(event.content as text)))
+               over (partition by event.resource_id order by event.event_id desc) as newest
+    from {schema}.outbox as event
+    where event.tenant_id = :tenant_id and event.resource_type = :resource_type
+      and event.resource_id = any (cast(:resource_ids as text[]))
+), judged as (
+    select kept.resource_id, kept.event_id,
+           max(kept.event_id) filter (where kept.said is distinct from kept.newest)
+               over (partition by kept.resource_id) as otherwise
+    from kept
+)
+select judged.resource_id, min(judged.event_id) as position
+from judged
+where judged.event_id > coalesce(judged.otherwise, 0)
+group by judged.resource_id
 """)
 
 _FIRST_PAUSE = 0.05
@@ -221,9 +235,9 @@ class Judge:
 
     async def _named(self, scope: _Scope, held: _Held) -> list[Drift]:
         differing = [name for name, (here, seen) in held.items() if here and seen is not None]
-        newest = await self._ask(NEWEST, scope, differing) if differing else {}
+        since = await self._ask(SAID_SINCE, scope, differing) if differing else {}
         return [
-            Drift(_kind(here, seen, newest.get(name)), *scope, name, None if seen is None else seen.position)
+            Drift(_kind(here, seen, since.get(name)), *scope, name, None if seen is None else seen.position)
             for name, (here, seen) in held.items()
         ]
 
@@ -243,12 +257,12 @@ def _equal(mine: PrimaryRow | None, seen: ResourceDigest | None) -> bool:
     return (None if mine is None else mine.digest) == (None if seen is None else seen.digest)
 
 
-def _kind(here: bool, seen: ResourceDigest | None, newest: int | None) -> _Kind:
+def _kind(here: bool, seen: ResourceDigest | None, since: int | None) -> _Kind:
     if seen is None:
         return "missing"
     if not here:
         return "extra"
-    return "stale" if newest is not None and newest > seen.position else "altered"
+    return "stale" if since is not None and since > seen.position else "altered"
 
 
 async def _until(listing: AsyncIterator[ResourceDigest], last: str) -> AsyncGenerator[ResourceDigest, None]:

@@ -31,13 +31,15 @@ __all__ = ["BEGIN", "STAND", "Proof"]
 
 _log = logging.getLogger("outbox.proof")
 
-# Due is what came to its end an interval ago, and what nobody has gone on with for a while: its relay is gone.
+# Due is what came to its end an interval ago, or before history may have gone back, and what nobody has gone on with
+# for a while: its relay is gone.
 BEGIN = Statement("""
 update {schema}.outbox_secondary
 set proof_at = statement_timestamp()
 where backend_id = :backend_id and status = 'live'
-  and coalesce(proof_at, registered_at) <= statement_timestamp()
-      - case when proof_standing is null then cast(:every as interval) else cast(:patience as interval) end
+  and (coalesce(proof_at, registered_at) <= statement_timestamp()
+           - case when proof_standing is null then cast(:every as interval) else cast(:patience as interval) end
+       or proof_standing is null and coalesce(proof_at, registered_at) <= doubted_at)
 returning coalesce(cast(proof_standing as text), '') as standing
 """)
 

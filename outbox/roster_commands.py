@@ -13,7 +13,7 @@ from outbox import roster_errands as errands
 from outbox.interrupt import until_signal
 from outbox.options import App, Backend, Config, Dsn, Json, Schema
 from outbox.reach import manager_of
-from outbox.render import drift_text, json_text
+from outbox.render import console, drift_table, drift_text, json_text
 from outbox.retire import Removal
 from outbox.roster import Addition
 
@@ -110,11 +110,28 @@ def _end(work: Callable[[], Coroutine[Any, Any, Addition]], json: bool) -> None:
         if json:
             typer.echo(json_text({**asdict(added), "equal": added.equal}))
         elif not added.equal:
-            differs = f"{drift_text(added.proof)}, {added.dead:,} dead keys"
-            typer.echo(f"{added.backend_id} is {added.status} and differs: {differs}; see to it, and tell it again")
+            _show_differing(added)
         return int(not added.equal)
 
     _exit(until_signal(done()))
+
+
+def _show_differing(added: Addition) -> None:
+    """Say what differs, where to look, and what to do then."""
+    name, proof = added.backend_id, added.proof
+    if proof.samples:
+        console().print(drift_table(proof.samples))
+    typer.echo(f"{name} is {added.status} and differs: {drift_text(proof)}, {added.dead:,} dead keys")
+    if added.dead:
+        typer.echo(f"why it refused the dead ones: outbox failures --backend {name}")
+    if proof.refused:
+        typer.echo(f"it holds {proof.refused:,} extra, too many to be deleted unasked: was it empty before?")
+    elif proof.repaired:
+        typer.echo("what it was given did not make it equal: does it drop or change what it says it has applied?")
+    if added.status == "live":
+        typer.echo(f"it is relied on already; outbox reconcile {name} --repair restores it")
+    else:
+        typer.echo("nothing was switched and nobody relies on it yet; see to it, and tell it again")
 
 
 def _exit(code: int) -> None:

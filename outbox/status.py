@@ -33,10 +33,13 @@ select lag.backend_id, lag.status, lag.pending, lag.in_flight, lag.failing, lag.
        coalesce(lag.lag, interval '0') as lag, lag.breaker, lag.last_success_at, lag.last_error_at, lag.last_error_code,
        lag.applied, lag.stale, lag.superseded, lag.retried, lag.rejected, lag.lost, lag.discarded,
        lag.looked_at, lag.silence,
-       latest.throughput, lag.beyond, latest.endings,
+       latest.throughput, lag.beyond,
+       secondary.doubted_at is not null and (proof.started_at > secondary.doubted_at) is not true as doubted,
+       latest.endings,
        proof.finished_at, proof.primary_count, proof.missing, proof.extra, proof.stale, proof.altered, proof.in_flight,
        proof.repaired
 from {schema}.outbox_lag as lag
+join {schema}.outbox_secondary as secondary on secondary.backend_id = lag.backend_id
 cross join lateral (
     select cast(
                coalesce(sum(applied + stale + superseded) filter (where age < interval '1 minute'), 0)
@@ -104,8 +107,9 @@ class BackendSyncStatus(msgspec.Struct, frozen=True):
     oldest of them by the database's clock, zero when nothing is owed. `failing` and `dead` count keys. The totals count
     deliveries since the secondary was registered, `throughput` those done per second in the last minute. `silence` is
     how long no relay has asked what is due. `beyond` is a position it holds that the primary has not given; nothing is
-    carried to it then. `reasons` say what makes it unhealthy, each beginning with what it is about: ahead, lag,
-    pending, drift, dead, breaker, attempts or silence. Never content.
+    carried to it then. `doubted`: the primary's history may have gone back since all of it was last compared. `reasons`
+    say what makes it unhealthy, each beginning with what it is about: ahead, history, lag, pending, drift, dead,
+    breaker, attempts or silence. Never content.
     """
 
     backend_id: str
@@ -130,6 +134,7 @@ class BackendSyncStatus(msgspec.Struct, frozen=True):
     silence: timedelta
     throughput: float
     beyond: int | None = None
+    doubted: bool = False
     checked: Checked | None = None
     reasons: tuple[str, ...] = ()
 
@@ -190,6 +195,8 @@ def reasons_of(status: BackendSyncStatus, endings: Sequence[str | None], config:
     reasons = _behind(status, config) if status.status == "live" else []
     if status.beyond is not None:
         reasons.insert(0, f"ahead: it holds position {status.beyond:,}, which the primary has not given")
+    elif status.doubted:
+        reasons.insert(0, "history: it may have gone back since all of it was compared (outbox reconcile)")
     if status.checked is not None and status.checked.left:
         reasons.append(f"drift: {status.checked.left:,} resources differed when last compared")
     if status.dead:

@@ -11,9 +11,7 @@ from sqlalchemy.ext.asyncio import AsyncEngine
 
 from tests.test_cli import PASSWORD, execute, outbox, process
 
-SECONDARY = (
-    '[outbox]\nunhealthy_after_silence = "off"\n[secondaries.copy]\ntype = "sql"\nurl = "sqlite+aiosqlite:///{}"\n'
-)
+SECONDARY = '[outbox]\nunhealthy_after_silence = "off"\nunhealthy_lag = "off"\n[secondaries.copy]\ntype = "sql"\nurl = "sqlite+aiosqlite:///{}"\n'
 WRITE = """
 with event as (
     insert into outbox (tenant_id, resource_type, resource_id, operation, content)
@@ -52,9 +50,12 @@ def test_a_person_is_told_what_to_do_next(place: tuple[str, Path]) -> None:
     dsn, config = place
     execute(dsn, "alter table outbox_hold set unlogged")
     done = outbox("doctor", "--config", config, OUTBOX_DSN=dsn)
-    (line,) = [line for line in done.output.splitlines() if "persistence" in line]
+    lines = done.output.splitlines()
+    (line,) = [line for line in lines if "persistence" in line]
     assert "wrong" in line
     assert "set logged" in line
+    assert all(lines.index(line) < place for place, other in enumerate(lines) if " ok " in other), "the worst is first"
+    assert lines[-1].startswith("1 wrong, ")
 
 
 def test_an_address_alone_is_enough_for_the_primary_s_side(place: tuple[str, Path]) -> None:
@@ -85,11 +86,12 @@ def test_after_a_restore_it_says_so_moves_positions_and_names_what_to_reconcile(
     assert execute(dsn, "select pending from outbox_lag") == [(1,)]
     moved = outbox("doctor", "--repair", "--config", config, OUTBOX_DSN=dsn)
     assert moved.status == 0, moved.output
-    assert "moved positions from 6 to 20" in moved.output
+    assert "moved positions from 6 to 21" in moved.output
+    assert "recorded again, above all that they hold: 1 event" in moved.output
     assert "outbox reconcile copy --repair" in moved.output
     again = outbox("doctor", "--repair", "--json", "--config", config, OUTBOX_DSN=dsn)
-    assert (again.document["moved"]["before"], again.document["moved"]["after"]) == (20, 20)
+    assert (again.document["moved"]["before"], again.document["moved"]["after"]) == (21, 21)
     execute(dsn, WRITE.format(3))
     assert process("relay", "--drain", "--config", config, OUTBOX_DSN=dsn).status == 0
     with closing(sqlite3.connect(config.parent / "copy.db")) as copy:
-        assert copy.execute("select max(position) from outbox_resources").fetchall() == [(23,)]
+        assert copy.execute("select max(position) from outbox_resources").fetchall() == [(24,)]

@@ -15,7 +15,7 @@ from sqlalchemy.ext.asyncio import AsyncEngine
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
 from outbox import MemorySecondary, SettingsError, SyncEvent, SyncManager, Unavailable, UnknownSecondary
-from outbox.secondaries.base import Outcome
+from outbox.secondaries.base import Applied, Outcome
 from outbox.secondaries.opensearch import OpenSearchSecondary
 from outbox.secondaries.opensearch_documents import is_behind
 from outbox.secondaries.opensearch_fresh import FreshSearch
@@ -308,6 +308,30 @@ async def test_nothing_is_switched_while_it_differs(primary: AsyncEngine, manage
     assert (await server.indices())[f"all.{server.prefix}-ward"] == {f"{server.prefix}-ward"}
     assert (await manager.health()).reasons == ()
     assert len(await server.found()) == 300
+
+
+async def test_nothing_is_switched_while_it_differs_though_nothing_is_dead(
+    primary: AsyncEngine, manager: SyncManager, server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """D7: what the new one says that it applied, and does not hold, is found by comparing; the old one stays."""
+    apply = FreshSearch.apply
+
+    async def lossy(self: FreshSearch, batch: Sequence[SyncEvent]) -> Sequence[Outcome]:
+        answers = iter(await apply(self, [event for event in batch if event.resource_id != "7"]))
+        return [Applied() if event.resource_id == "7" else next(answers) for event in batch]
+
+    other = manager_on(primary, server)
+    with monkeypatch.context() as patched:
+        patched.setattr(FreshSearch, "apply", lossy)
+        rebuilt = await other.rebuild("search")
+    assert (rebuilt.backend_id, rebuilt.status, rebuilt.dead, rebuilt.equal) == ("search-next", "shadow", 0, False)
+    assert [(drift.kind, drift.resource_id) for drift in rebuilt.proof.samples] == [("missing", "7")]
+    assert (await server.indices())[f"all.{server.prefix}-ward"] == {f"{server.prefix}-ward"}
+    assert len(await server.found()) == 300
+    # Once it is seen to, it goes on.
+    assert (await other.rebuild("search")).equal
+    await other.aclose()
+    assert await server.found() == {str(number): number for number in range(300)}
 
 
 async def test_no_moment_is_no_switch(manager: SyncManager, server: Server, monkeypatch: pytest.MonkeyPatch) -> None:

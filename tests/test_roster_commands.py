@@ -91,8 +91,9 @@ def test_an_addition_that_leaves_a_difference_says_so(app: Path, dsn: str) -> No
     (app / "app.py").write_text(code.replace("class Base", f"{STRICT}\nclass Base"))
     added = process("add", "copy", "--app", "app:manager", cwd=app)
     assert added.status == 1, added.errors
-    assert added.output.splitlines()[-1].startswith("copy is shadow and differs: ")
-    assert "1 dead keys" in added.output.splitlines()[-1]
+    assert "copy is shadow and differs: 0 missing, 0 extra, 0 stale, 0 altered, 1 dead keys\n" in added.output
+    assert "outbox failures --backend copy\n" in added.output
+    assert added.output.splitlines()[-1].endswith("see to it, and tell it again")
     assert outbox("status", "--dsn", dsn).status == 0, "nobody relies on a shadow"
     promoted = outbox("promote", "copy", "--dsn", dsn)
     assert (promoted.status, promoted.output) == (0, "copy is live\n")
@@ -109,6 +110,20 @@ class Strict(Sql):
         answers = iter(rest)
         return [Rejected("strict") if each.resource_id == "7" else next(answers) for each in batch]
 """
+
+
+def test_an_addition_that_differs_with_nothing_dead_names_what_differs(app: Path, dsn: str) -> None:
+    """D7: a secondary that says that it applied what it does not hold is told again, and in the end not relied on."""
+    code = (app / "app.py").read_text().replace('SqlSecondary("copy",', 'Strict("copy",')
+    lossy = STRICT.replace('Rejected("strict")', "Applied()").replace("Rejected", "Applied")
+    (app / "app.py").write_text(code.replace("class Base", f"{lossy}\nclass Base"))
+    added = process("add", "copy", "--app", "app:manager", cwd=app)
+    assert (added.status, status_of(dsn)) == (1, [("copy", "shadow")]), added.errors
+    assert "copy is shadow and differs: 1 missing, 0 extra, 0 stale, 0 altered, 0 dead keys\n" in added.output
+    (row,) = [line for line in added.output.splitlines() if line.strip().startswith("missing")]
+    assert row.split()[-1] == "Patient/7"
+    assert "does it drop or change what it says it has applied?" in added.output
+    assert "outbox failures" not in added.output
 
 
 def test_what_cannot_be_rebuilt_is_refused(app: Path) -> None:

@@ -14,6 +14,7 @@ from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
 from outbox import MemorySecondary, Outcome, ReconciliationResult, SyncConfig, SyncEvent, SyncManager
 from outbox.errors import SettingsError
+from tests.relaying import manager_of
 from tests.waiting import eventually
 
 
@@ -85,6 +86,22 @@ async def test_equal_sides_show_no_drift(world: World) -> None:
 async def test_a_type_that_nobody_tracks_is_refused_and_not_called_equal(world: World) -> None:
     with pytest.raises(SettingsError, match=r"'Patent' is not tracked; tracked are Patient"):
         await world.manager.reconcile("mirror", resource_type="Patent")
+
+
+async def test_what_another_was_given_again_makes_nobody_stale(world: World) -> None:
+    """R5: the repair of one secondary says the same once more, above what the others hold."""
+    await world.write([5], "Changed")
+    await world.manager.relay().drain()
+    other = manager_of(world.engine, MemorySecondary("other"))
+    await other.register()
+    world.manager.registrations.append(other.registrations[0])
+    assert (await world.manager.reconcile("other", repair=True)).missing > 0
+    world.alter(5, content='{"family":"Forged","number":"5"}')
+    found = await world.manager.reconcile("mirror")
+    assert [drift.kind for drift in found.samples] == ["altered"]
+    world.alter(5, content='{"family":"Chalmers","number":"5"}', position=1)
+    found = await world.manager.reconcile("mirror")
+    assert [drift.kind for drift in found.samples] == ["stale"]
 
 
 async def test_every_kind_of_drift_is_found_named_repaired_and_then_gone(world: World) -> None:

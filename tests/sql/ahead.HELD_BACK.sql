@@ -1,1 +1,1 @@
-select coalesce(max(beyond), 0) from "public".outbox_secondary
+select backend_id, beyond from "public".outbox_secondary where beyond is not null

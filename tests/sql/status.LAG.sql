@@ -2,10 +2,13 @@ select lag.backend_id, lag.status, lag.pending, lag.in_flight, lag.failing, lag.
        coalesce(lag.lag, interval '0') as lag, lag.breaker, lag.last_success_at, lag.last_error_at, lag.last_error_code,
        lag.applied, lag.stale, lag.superseded, lag.retried, lag.rejected, lag.lost, lag.discarded,
        lag.looked_at, lag.silence,
-       latest.throughput, lag.beyond, latest.endings,
+       latest.throughput, lag.beyond,
+       secondary.doubted_at is not null and (proof.started_at > secondary.doubted_at) is not true as doubted,
+       latest.endings,
        proof.finished_at, proof.primary_count, proof.missing, proof.extra, proof.stale, proof.altered, proof.in_flight,
        proof.repaired
 from "public".outbox_lag as lag
+join "public".outbox_secondary as secondary on secondary.backend_id = lag.backend_id
 cross join lateral (
     select cast(
                coalesce(sum(applied + stale + superseded) filter (where age < interval '1 minute'), 0)
