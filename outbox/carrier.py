@@ -5,8 +5,8 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager, suppress
 from typing import TYPE_CHECKING, Any
 from uuid import UUID
 
@@ -58,6 +58,7 @@ class Carrier:
         self._stopping = False
         self._alone = False
         self._alone_out = False
+        self._connected = 0
         self._resume_at = self._floors_raised_at = self._say_looked_at = self._look_back_at = 0.0
         self._look_everywhere_at = time.monotonic() + _LOOK_EVERYWHERE_EVERY
 
@@ -129,7 +130,7 @@ class Carrier:
     async def _claim(self, slots: int) -> list[Opened] | None:
         """Open attempts; an empty list says that nothing is due, None that it is worth looking again."""
         schema, backend_id = self._config.database_schema, self.backend_id
-        async with self._primary.connection() as connection, connection.transaction():
+        async with self._connection() as connection, connection.transaction():
             turn = await take_turn(connection, schema, backend_id)
             if turn is None:
                 return None
@@ -165,7 +166,7 @@ class Carrier:
     async def _seize(self, positions: Sequence[int]) -> list[Opened] | None:
         """Open an attempt of these events; an empty list says that none can be taken, None that it is not our turn."""
         schema, backend_id = self._config.database_schema, self.backend_id
-        async with self._primary.connection() as connection, connection.transaction():
+        async with self._connection() as connection, connection.transaction():
             turn = await take_turn(connection, schema, backend_id)
             if turn is None:
                 return None
@@ -197,6 +198,16 @@ class Carrier:
             self.hands.ahead.doubt()
         return turn.beyond or turn.status in ("paused", "removed")
 
+    @asynccontextmanager
+    async def _connection(self) -> AsyncIterator[asyncpg.Connection[Any]]:
+        """Lend a connection to whoever goes by the floors."""
+        async with self._primary.connection() as connection:
+            if self._connected != self._primary.connected:
+                # A primary that crashed meanwhile gives positions again that were drawn and never committed.
+                self._connected = self._primary.connected
+                self._lanes.look_everywhere()
+            yield connection
+
     async def _mind_floors(self, *, busy: bool) -> None:
         """Between two claims keep the next ones short: what was delivered is soon more than what is claimed."""
         now = time.monotonic()
@@ -208,7 +219,7 @@ class Carrier:
             return
         self._floors_raised_at = now
         with suppress(*PRIMARY_FAILED):
-            async with self._primary.connection() as connection:
+            async with self._connection() as connection:
                 await advance_floors(connection, self._config.database_schema, self.backend_id, self._lanes)
 
     async def _mind_history(self) -> None:

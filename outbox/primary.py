@@ -59,6 +59,9 @@ class Primary:
         self._engine = engine
         self._config = config
         self._pool: asyncpg.Pool[asyncpg.Record] | None = None
+        self.connected = 0
+        """How often a connection was made: between two of them the primary may have crashed without a statement of
+        ours failing."""
 
     async def open(self) -> None:
         """Create the pool; its connections are made when first needed."""
@@ -150,6 +153,7 @@ class Primary:
             # A raw connection's errors are the adapter's; what the driver said is behind them.
             cause = error.__cause__
             raise cause if isinstance(cause, PRIMARY_FAILED) else ConnectionError(type(error).__name__) from None
+        self.connected += 1
         driver = cast("asyncpg.Connection[Any]", raw.driver_connection)
         # Ours from now on: the application's pool gets its place back.
         raw.detach()
