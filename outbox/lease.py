@@ -16,10 +16,12 @@ if TYPE_CHECKING:
 
 __all__ = ["EXPIRED", "HEARTBEAT", "expired", "heartbeat"]
 
+# The range says nothing new, but PostgreSQL 15 looks for a list among all that is open, and for a range where it lies.
 HEARTBEAT = Statement("""
 update {schema}.outbox_attempt as attempt
 set lease_until = clock_timestamp() + cast(:lease as interval)
 where attempt.backend_id = :backend_id and attempt.attempt_id = any (cast(:attempt_ids as bigint[]))
+  and attempt.attempt_id between cast(:lowest as bigint) and cast(:highest as bigint)
   and attempt.relay_id = cast(:relay_id as uuid) and attempt.finished_at is null
 returning attempt.attempt_id
 """)
@@ -52,6 +54,7 @@ async def heartbeat(
 ) -> set[int]:
     """Renew the leases of attempts at one secondary; return the ids of those that are still this relay's."""
     parameters = {"lease": lease, "backend_id": backend_id, "attempt_ids": attempt_ids, "relay_id": relay_id}
+    parameters |= {"lowest": min(attempt_ids), "highest": max(attempt_ids)}
     rows = await connection.fetch(*HEARTBEAT.arguments(schema, parameters))
     return {row[0] for row in rows}
 
