@@ -1,107 +1,126 @@
-"""All benchmarks, one table.
+"""All benchmarks, one table: every goal, what was measured, and whether that is enough.
 
-    python -m benchmarks [--runs 5] [--only NAME] [--scale 1.0]
+    python -m benchmarks [--runs 5] [--only NAME ...] [--scale 1.0] [--results DIRECTORY]
 
 Ratios are taken pair by pair within one run, because a shared machine drifts; the noise lines, before and after, say
-how much. `--scale 0.05` is for seeing it work, not for figures.
+how much. At full scale what was measured is kept in benchmarks/results by commit. `--scale 0.05` is for seeing it work,
+not for figures, and is kept only where `--results` says.
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
-import os
-import statistics
-import tempfile
-import time
+import traceback
 from collections.abc import AsyncIterator, Callable
-from datetime import UTC, datetime
+from pathlib import Path
 
 from benchmarks import (
     backfill,
+    compressed_day,
+    dead_secondary,
+    deep_backlog,
+    doorbell_cost,
+    event_cost,
     fairness,
+    growth,
     held_snapshot,
+    idle_relay,
+    idle_writer,
     latency,
+    latency_by_rate,
     memory,
+    peer_comparison,
+    poisoned_key,
+    real_secondaries,
     reconcile,
     relay_throughput,
     waiters,
     writer_overhead,
 )
 from benchmarks.ground import Row
+from benchmarks.results import RESULTS, Part, commit, keep, line, machine, noise, now
 from outbox.testing.postgres import EmbeddedPostgres
 
-# A run of minutes that only informs is not repeated; its own main repeats it when asked.
+# A run of many minutes is not repeated five times.
 LONG_RUNS = 1
 
 Rows = Callable[[EmbeddedPostgres, int, float], AsyncIterator[Row]]
 BENCHMARKS: dict[str, tuple[Rows, int | None]] = {
     "relay_throughput": (relay_throughput.rows, None),
+    "peers": (peer_comparison.rows, None),
     "writer_overhead": (writer_overhead.rows, None),
+    "doorbell_cost": (doorbell_cost.rows, None),
+    "real_secondaries": (real_secondaries.rows, None),
+    "growth": (growth.rows, None),
+    "event_cost": (event_cost.rows, None),
+    "poisoned_key": (poisoned_key.rows, None),
+    "idle_writer": (idle_writer.rows, None),
+    "idle_relay": (idle_relay.rows, None),
     "latency": (latency.rows, None),
+    "latency_by_rate": (latency_by_rate.rows, None),
     "waiters": (waiters.rows, None),
     "fairness": (fairness.rows, None),
+    "dead_secondary": (dead_secondary.rows, None),
     "memory": (memory.rows, None),
     "backfill": (backfill.rows, LONG_RUNS),
     "reconcile": (reconcile.rows, None),
+    "deep_backlog": (deep_backlog.rows, None),
+    "compressed_day": (compressed_day.rows, LONG_RUNS),
     "held_snapshot": (held_snapshot.rows, LONG_RUNS),
 }
 
 
-def noise() -> str:
-    """What this machine is like now: a disk's promise and a fixed piece of work."""
-    loads = "/".join(f"{load:.1f}" for load in os.getloadavg())
-    cpu = [_fixed_work() for _ in range(5)]
-    return (
-        f"machine: fdatasync p50 {_fdatasync():.2f} ms, fixed CPU loop {statistics.median(cpu):.0f} ms "
-        f"({min(cpu):.0f} to {max(cpu):.0f}), load {loads}, {os.cpu_count()} CPUs, {datetime.now(UTC):%Y-%m-%d %H:%M}Z"
-    )
-
-
-def _fdatasync(times: int = 200) -> float:
-    taken = []
-    with tempfile.NamedTemporaryFile(prefix="outbox-bench-") as file:
-        for _ in range(times):
-            os.pwrite(file.fileno(), os.urandom(8192), 0)
-            started = time.perf_counter()
-            getattr(os, "fdatasync", os.fsync)(file.fileno())
-            taken.append((time.perf_counter() - started) * 1000)
-    return statistics.median(taken)
-
-
-def _fixed_work() -> float:
-    started = time.perf_counter()
-    total = 0
-    for number in range(1_000_000):
-        total += number & 7
-    return (time.perf_counter() - started) * 1000
-
-
-async def measure(chosen: list[str], runs: int, scale: float) -> list[Row]:
-    found = []
-    for name in chosen:
-        rows, most_runs = BENCHMARKS[name]
-        # A server of its own, so that nobody's WAL and dead rows are another's noise.
-        with EmbeddedPostgres() as server:
-            async for row in rows(server, runs if most_runs is None else min(runs, most_runs), scale):
-                print(row, flush=True)
-                found.append(row)
+async def measure(name: str, runs: int, scale: float) -> list[Row]:
+    """Run one benchmark, and print its rows as they come."""
+    rows, found = BENCHMARKS[name][0], []
+    # A server of its own, so that nobody's WAL and dead rows are another's noise.
+    with EmbeddedPostgres() as server:
+        async for row in rows(server, runs, scale):
+            print(row, flush=True)
+            found.append(row)
     return found
 
 
-def main() -> None:
-    arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    arguments.add_argument("--runs", type=int, default=5)
-    arguments.add_argument("--only", choices=BENCHMARKS)
-    arguments.add_argument("--scale", type=float, default=1.0)
-    given = arguments.parse_args()
-    print(noise())
-    found = asyncio.run(measure([given.only] if given.only else list(BENCHMARKS), given.runs, given.scale))
-    print(f"\n{'benchmark':<64} {'goal':>8} {'median':>10}  (min to max)")
-    for row in found:
-        print(row)
-    print(noise())
+def measured(name: str, runs: int, scale: float, results: Path | None) -> list[Row]:
+    """Run one benchmark and keep what it found; one that fails is a row that says so, and the others go on."""
+    _, most_runs = BENCHMARKS[name]
+    runs = runs if most_runs is None else min(runs, most_runs)
+    before = noise()
+    print(f"\n{name}, {runs} runs; {before}", flush=True)
+    try:
+        found = asyncio.run(measure(name, runs, scale))
+    except Exception as error:  # noqa: BLE001 - hours of the others must not be lost with it
+        traceback.print_exc()
+        return [Row(f"{name} failed: {type(error).__name__}", [], least=1)]
+    if results is not None:
+        keep(results, name, Part(now(), runs, scale, (before, noise()), [line(row) for row in found]))
+    return found
+
+
+def arguments() -> argparse.Namespace:
+    found = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    found.add_argument("--runs", type=int, default=5)
+    found.add_argument("--only", choices=BENCHMARKS, nargs="+", default=list(BENCHMARKS))
+    found.add_argument("--scale", type=float, default=1.0)
+    found.add_argument("--results", type=Path)
+    return found.parse_args()
+
+
+def main() -> int:
+    given = arguments()
+    results = given.results or (RESULTS if given.scale == 1 else None)
+    print(f"commit {commit()}, {machine()}, {now()}")
+    found = {name: measured(name, given.runs, given.scale, results) for name in given.only}
+    print(f"\n{'':<80} {'goal':>8} {'median':>10}  (min to max)")
+    for name, rows in found.items():
+        print(f"\n{name}")
+        for row in rows:
+            print(row)
+    goals = [row.verdict for rows in found.values() for row in rows if row.goal != "-"]
+    print(f"\n{goals.count('pass')} of {len(goals)} goals reached; {noise()}")
+    return int("missing" in goals)
 
 
 if __name__ == "__main__":
-    main()
+    raise SystemExit(main())

@@ -20,6 +20,7 @@ from sqlalchemy.ext.asyncio import create_async_engine
 
 from benchmarks.ground import Nothing
 from outbox import SyncConfig, SyncEvent, SyncManager
+from outbox.errors import Unavailable
 from outbox.secondaries.base import Outcome
 from outbox.testing.postgres import EmbeddedPostgres
 
@@ -28,6 +29,7 @@ RAW_CLAIM = "select id, name, content from raw order by id limit 100 for update 
 RAW_DELETE = "delete from raw where id = any ($1)"
 RAW_CHANNEL = "raw"
 WARM = "warm"
+OTHER = "other"
 _LOOK = 0.005
 _PATIENCE = 60.0
 
@@ -46,12 +48,14 @@ class Noted(msgspec.Struct):
 class Asked(msgspec.Struct):
     """What the process is to do: as a relay with these settings, or as the least that would do, with LISTEN.
 
-    Resources whose id begins with `noise` are counted and not noted.
+    Resources whose id begins with `noise` are counted and not noted. `other` is how a second secondary, if there is
+    one, does: `well` or `dead`.
     """
 
     url: str
     raw: bool = False
     noise: str | None = None
+    other: str | None = None
     doorbell: bool = True
     poll_interval: timedelta = timedelta(milliseconds=200)
     batch_size: int = 100
@@ -80,6 +84,13 @@ class Clocked(Nothing):
                 self.noted.applied.setdefault(name, now)
         carried = self.noted.progress[-1][0] if self.noted.progress else 0
         self.noted.progress.append((carried + len(names), now))
+
+
+class Dead(Nothing):
+    """A secondary that refuses every call at once."""
+
+    async def apply(self, batch: Sequence[SyncEvent]) -> Sequence[Outcome]:
+        raise Unavailable("refused", "dead")
 
 
 class RelayProcess:
@@ -136,7 +147,8 @@ async def emptied(server: EmbeddedPostgres, database: str) -> None:
 
 async def _relay(asked: Asked, clocked: Clocked) -> None:
     engine = create_async_engine(asked.url)
-    relay = SyncManager(engine, [clocked], config=asked.config).relay()
+    others = {"well": [Nothing(OTHER)], "dead": [Dead(OTHER)]}.get(asked.other or "", [])
+    relay = SyncManager(engine, [clocked, *others], config=asked.config).relay()
     try:
         await relay.run()
     finally:

@@ -97,14 +97,15 @@ async def raw_commit(url: str) -> AsyncIterator[Commit]:
     await connection.close()
 
 
-async def paced(commit: Commit, events: int, gap: float) -> dict[str, Sent]:
+async def paced(commit: Commit, events: int, gap: float, prefix: str = "") -> dict[str, Sent]:
     """Commit events one after another, each as far from the last as half a gap up to one and a half."""
-    uneven, due = random.Random(events), time.monotonic()
+    uneven, due = random.Random(f"{prefix}{events}"), time.monotonic()
     committed = {}
     for number in range(events):
         due += gap * uneven.uniform(0.5, 1.5)
         await asyncio.sleep(max(0.0, due - time.monotonic()))
-        committed[str(number)] = await commit(str(number))
+        name = f"{prefix}{number}"
+        committed[name] = await commit(name)
     return committed
 
 

@@ -1,107 +1,67 @@
 """Relay throughput as a ratio to the floor: select for update skip locked, then delete, in one transaction.
 
-    python -m benchmarks.relay_throughput [--runs 5] [--events 120000]
+    python -m benchmarks --only relay_throughput [--runs 5] [--scale 1.0]
 
-Each pair of runs drains the same number of events of 500 bytes, with content in hand and one process; the floor keeps
-its content in the claimed row, has no lease, no attempt record and no order. Ratios are taken pair by pair.
+Each pair of runs drains the same number of events of 500 bytes, with content in hand, by as many processes on either
+side; `drained.py` says what the floor leaves out. Ratios are taken pair by pair.
 """
 
 from __future__ import annotations
 
-import argparse
-import asyncio
 import statistics
-import time
 from collections.abc import AsyncIterator
+from typing import NamedTuple
 
-import asyncpg
-from sqlalchemy.ext.asyncio import create_async_engine
-
-from benchmarks.ground import CONTENT, FILL, Nothing, Row, outbox_database
-from outbox import SyncConfig, SyncManager
+from benchmarks.drained import Asked, drained, filled, floor_filled
+from benchmarks.ground import Row, outbox_database
 from outbox.testing.postgres import EmbeddedPostgres
 
-FLOOR_TABLE = "create table floor (id bigint generated always as identity primary key, content json not null)"
-FLOOR_FILL = "insert into floor (content) select $2::json from generate_series(1, $1)"
-FLOOR_CLAIM = "select id, content from floor order by id limit $1 for update skip locked"
-FLOOR_DELETE = "delete from floor where id = any ($1)"
-GOAL = 0.5
+EVENTS = 120_000
+# At batch 10 everything is round trips: fewer events take as long.
+EVENTS_SMALL = 30_000
+BATCHES = (10, 100, 500, 1_000)
+GOAL, GOAL_FROM_BATCH = 0.6, 100
 
 
-async def floor(dsn: str, events: int, batch: int) -> float:
-    connection = await asyncpg.connect(dsn)
-    await connection.execute("drop table if exists floor")
-    await connection.execute(FLOOR_TABLE)
-    await connection.execute(FLOOR_FILL, events, CONTENT)
-    await connection.execute("vacuum analyze floor")
-    await connection.execute("checkpoint")
-    secondary, started = Nothing(), time.perf_counter()
-    while True:
-        async with connection.transaction():
-            rows = await connection.fetch(FLOOR_CLAIM, batch)
-            if not rows:
-                break
-            secondary.characters += sum(len(row[1]) for row in rows)
-            await connection.execute(FLOOR_DELETE, [row[0] for row in rows])
-    rate = events / (time.perf_counter() - started)
-    await connection.close()
-    return rate
+class Cell(NamedTuple):
+    """One line of the table. A curve is drawn through what differs in relays only."""
+
+    batch: int
+    relays: int
+    tenants: int
 
 
-async def ours(dsn: str, events: int, batch: int, tenants: int) -> float:
-    engine = create_async_engine(dsn.replace("postgresql://", "postgresql+asyncpg://"))
-    secondary = Nothing()
-    manager = SyncManager(engine, [secondary], config=SyncConfig(batch_size=batch, doorbell=False))
-    await manager.register()
-    connection = await asyncpg.connect(dsn)
-    await connection.execute("truncate outbox, outbox_delivery, outbox_attempt, outbox_hold")
-    await connection.execute(FILL, events, tenants, CONTENT, secondary.backend_id)
-    await connection.execute("vacuum analyze outbox, outbox_delivery")
-    await connection.execute("checkpoint")
-    await connection.close()
-    relay = manager.relay()
-    running = asyncio.create_task(relay.run())
-    # As the floor has connected before its clock starts, ours starts with the first batch.
-    while not (before := secondary.seen):
-        await asyncio.sleep(0.0005)
-    started = time.perf_counter()
-    while secondary.seen < events:
-        await asyncio.sleep(0.002)
-    rate = (events - before) / (time.perf_counter() - started)
-    relay.stop()
-    await running
-    await engine.dispose()
-    return rate
+CELLS = [
+    *(Cell(batch, 1, tenants) for batch in BATCHES for tenants in (1, 100)),
+    *(Cell(batch, relays, 100) for batch in BATCHES for relays in (2, 4)),
+]
 
 
-async def rows(server: EmbeddedPostgres, runs: int, scale: float = 1.0, events: int = 120_000) -> AsyncIterator[Row]:
-    """Yield a row for each batch size and number of tenants."""
-    events = max(1_000, int(events * scale))
+async def pair(dsn: str, events: int, cell: Cell) -> tuple[float, float]:
+    """Return the rates of the floor and of the relay, drained one after the other."""
+    await floor_filled(dsn, events)
+    base = await drained(Asked(dsn, cell.batch, floor=True), cell.relays)
+    await filled(dsn, events, tenants=cell.tenants)
+    # Of several, none knows how much will be its own.
+    most = events if cell.relays == 1 else None
+    mine = await drained(Asked(dsn, cell.batch, most=most), cell.relays)
+    assert base.deliveries == mine.deliveries == events, (base, mine)
+    return base.rate, mine.rate
+
+
+async def rows(server: EmbeddedPostgres, runs: int, scale: float = 1.0) -> AsyncIterator[Row]:
+    """Yield a row for each batch size, number of relays and number of tenants."""
     async with outbox_database(server) as name:
         dsn = server.dsn(name, driver="postgresql")
-        for batch in (100, 500):
-            for tenants in (1, 100):
-                pairs = [
-                    (await floor(dsn, events, batch), await ours(dsn, events, batch, tenants)) for _ in range(runs)
-                ]
-                rates = [statistics.median(side) for side in zip(*pairs, strict=True)]
-                what = f"relay / floor, batch {batch}, {tenants} tenants ({rates[1]:,.0f} / {rates[0]:,.0f} events/s)"
-                yield Row(what, [mine / base for base, mine in pairs], least=GOAL)
-
-
-async def measure(server: EmbeddedPostgres, runs: int, events: int) -> None:
-    async for row in rows(server, runs, events=events):
-        print(row, flush=True)
-
-
-def main() -> None:
-    arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    arguments.add_argument("--runs", type=int, default=5)
-    arguments.add_argument("--events", type=int, default=120_000)
-    given = arguments.parse_args()
-    with EmbeddedPostgres() as server:
-        asyncio.run(measure(server, given.runs, given.events))
-
-
-if __name__ == "__main__":
-    main()
+        for cell in CELLS:
+            events = max(8_000, int((EVENTS if cell.batch >= GOAL_FROM_BATCH else EVENTS_SMALL) * scale))
+            pairs = [await pair(dsn, events, cell) for _ in range(runs)]
+            base, mine = (statistics.median(side) for side in zip(*pairs, strict=True))
+            relays = "1 relay" if cell.relays == 1 else f"{cell.relays} relays"
+            what = f"{relays} / floor, batch {cell.batch}, {cell.tenants} tenants ({mine:,.0f} / {base:,.0f} events/s)"
+            goal = GOAL if cell.batch >= GOAL_FROM_BATCH else None
+            yield Row(what, [ours / floor for floor, ours in pairs], least=goal)
+            if cell.tenants > 1 and cell.batch in (100, 1_000):
+                rates = [ours for _, ours in pairs]
+                curve = f"relays:batch {cell.batch}"
+                yield Row(f"  events/s, {relays}, batch {cell.batch}", rates, curve=curve, x=cell.relays)
