@@ -53,6 +53,8 @@ async def heartbeat(
     lease: timedelta,
 ) -> set[int]:
     """Renew the leases of attempts at one secondary; return the ids of those that are still this relay's."""
+    if not attempt_ids:
+        return set()
     parameters = {"lease": lease, "backend_id": backend_id, "attempt_ids": attempt_ids, "relay_id": relay_id}
     parameters |= {"lowest": min(attempt_ids), "highest": max(attempt_ids)}
     rows = await connection.fetch(*HEARTBEAT.arguments(schema, parameters))
