@@ -25,8 +25,8 @@ test: $(TEST) ## Run every test and check (ARGS="-k claim" narrows it)
 zoo: $(TEST) ## Put every known defect in, one at a time: named tests must catch each
 	@OUTBOX_TEST_ZOO=all $(BIN)/python -m pytest tests/zoo $(ARGS)
 
-soak: $(TEST) ## Kill, pause and cut for an hour, and enter it in the ledger (ARGS="--seconds 600 --seed 7")
-	@$(BIN)/python -m outbox.testing.crash --seconds 3600 --ledger docs/reliability.jsonl $(ARGS)
+soak: $(TEST) ## Kill, pause and cut for three hours, and enter it in the ledger (ARGS="--seconds 600 --seed 7")
+	@$(BIN)/python -m outbox.testing.crash --numbers soak --survivors 1 --ledger docs/reliability.jsonl $(ARGS)
 
 lint: $(TEST) ## Check style, types and layers only
 	@$(BIN)/ruff check .

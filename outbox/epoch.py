@@ -29,7 +29,8 @@ select concat_ws('/',
 
 EPOCH = Statement(_EPOCH)
 
-# Whoever is first writes it down; everybody is told which it is, and how far positions have been given.
+# Whoever is first writes it down; everybody is told which it is, how far positions have been given, and how far those
+# go that committed.
 WITNESS = Statement(
     """
 with current as materialized ([epoch]), noted as (
@@ -42,6 +43,7 @@ with current as materialized ([epoch]), noted as (
 )
 select current.epoch,
        (select case when is_called then last_value else 0 end from {schema}.outbox_event_id_seq) as highest,
+       coalesce((select max(event_id) from {schema}.outbox), 0) as committed,
        coalesce((select doubted from noted), false) as doubted
 from current
 """.replace("[epoch]", _EPOCH)
@@ -61,14 +63,15 @@ class Vigil:
     def __init__(self, backend_id: str) -> None:
         self._backend_id = backend_id
         self._epoch: str | None = None
-        self._highest = 0
+        self._committed = 0
 
     async def went_back(self, connection: asyncpg.Connection[Any], schema: str) -> bool:
         """Whether there was another epoch before, or positions were given again; raises if this role cannot see it."""
         row = await connection.fetchrow(*WITNESS.arguments(schema, {"backend_id": self._backend_id}))
         assert row is not None, "the epoch is always one row"
-        epoch, highest, doubted = row
-        again = highest < self._highest
+        epoch, highest, committed, doubted = row
+        # What was only drawn an ordinary crash may take with it; what was visible was on disk.
+        again = highest < self._committed
         if again and not doubted:
             await doubt(connection, schema, self._backend_id)
         back = doubted or again or self._epoch not in (None, epoch)
@@ -77,7 +80,7 @@ class Vigil:
             _log.warning(
                 "%s: this is another primary, or one from a backup; ask `outbox doctor`", self._backend_id, extra=fields
             )
-        self._epoch, self._highest = epoch, highest
+        self._epoch, self._committed = epoch, committed if back else max(committed, self._committed)
         return back
 
 

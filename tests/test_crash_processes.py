@@ -7,6 +7,7 @@ import os
 import signal
 import sys
 from collections.abc import AsyncIterator
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 
@@ -18,7 +19,7 @@ from outbox.testing.contract import SecondaryContract
 from outbox.testing.crash.plan import FAULTS
 from outbox.testing.crash.remote import RemoteSecondary
 from outbox.testing.crash.shelf import serve
-from outbox.testing.crash.terms import Terms
+from outbox.testing.crash.terms import SPARED, Terms
 from outbox.testing.crash.wire import Request, ask
 from outbox.testing.history import Recording
 from outbox.testing.records import Answered, Opened
@@ -114,6 +115,19 @@ async def test_a_call_whose_caller_is_gone_still_takes_effect(terms: Terms, seco
     await eventually(lambda: ends(terms) == ["abandoned"])
 
 
+async def test_who_is_spared_meets_no_ambush_and_hands_over_what_is_deadly_to_others(terms: Terms) -> None:
+    """What a relay holds over time can only be seen of one that lives."""
+    spared = RemoteSecondary("index", terms.shelf, f"{SPARED}-1")
+    ambush = asyncio.create_task(
+        ask(terms.shelf, Request(asks="ambush", backend_id="index", fault="asked", seconds=0.5))
+    )
+    await eventually(partial(lies_in_wait, terms, "asked"))
+    assert await spared.apply([write("a", 1)]) == [Applied()]
+    assert (await ambush)["caller"] == ""
+    with pytest.raises(RuntimeError):
+        await spared.apply([write("a", 2, '{"deadly":true}')])
+
+
 async def lies_in_wait(terms: Terms, point: str) -> bool:
     return point in (await ask(terms.shelf, Request(asks="check", backend_id="index")))["waiting"]
 
@@ -133,6 +147,10 @@ async def test_who_lies_in_wait_catches_the_next_call_and_holds_it(terms: Terms,
         assert await calling == [Applied()]
 
 
+# A server of its own and a process that imports everything come first.
+_SLOW = timedelta(seconds=120)
+
+
 def gone(pid: int) -> bool:
     try:
         os.kill(pid, 0)
@@ -150,7 +168,7 @@ async def test_nobody_outlives_the_lab(directory: Path) -> None:
     command = [sys.executable, "-m", "outbox.testing.crash", *arguments]
     lab = await asyncio.create_subprocess_exec(*command, env=environment)
     try:
-        await eventually(lambda: {"relay", "writer", "secondary"} <= {each.role for each in opened(history)})
+        await eventually(lambda: {"relay", "writer", "secondary"} <= {each.role for each in opened(history)}, _SLOW)
     finally:
         lab.send_signal(signal.SIGKILL)
         await lab.wait()

@@ -101,6 +101,21 @@ async def test_nobody_is_caught_at_a_stage_that_nobody_reaches(primary: AsyncEng
     assert await written(primary) == [4]
 
 
+async def test_who_is_spared_is_let_pass(primary: AsyncEngine, proxy: Proxy) -> None:
+    catching = asyncio.create_task(proxy.catch("insert", "before", 20, spared="survivor"))
+    async with client(primary, proxy, "survivor-1") as connection:
+        await connection.execute(INSERT, 6)
+    async with client(primary, proxy, "relay-2") as connection:
+        running = asyncio.create_task(connection.execute(INSERT, 8))
+        link = await catching
+        assert link is not None
+        assert link.name == "relay-2"
+        link.cut()
+        with pytest.raises(CUT_OFF):
+            await running
+    assert await written(primary) == [6]
+
+
 async def test_a_hole_swallows_what_is_said_and_what_is_answered(primary: AsyncEngine, proxy: Proxy) -> None:
     async with client(primary, proxy) as connection:
         [link] = proxy.links

@@ -30,9 +30,10 @@ class Trap:
     `before`: the server never hears of the statement. `after`: the server has done it, and the client hears nothing.
     """
 
-    def __init__(self, stage: str, when: Literal["before", "after"]) -> None:
+    def __init__(self, stage: str, when: Literal["before", "after"], spared: str = "") -> None:
         self.stage = stage
         self.when = when
+        self.spared = spared
         self.caught: asyncio.Future[Link] = asyncio.get_running_loop().create_future()
 
 
@@ -50,9 +51,12 @@ class Proxy:
         """Where clients connect."""
         return int(self._server.sockets[0].getsockname()[1])
 
-    async def catch(self, stage: str, when: Literal["before", "after"], within: float) -> Link | None:
-        """Return the next client that reaches the stage, held there; None when none does in time. Cut it afterwards."""
-        trap = Trap(stage, when)
+    async def catch(self, stage: str, when: Literal["before", "after"], within: float, spared: str = "") -> Link | None:
+        """Return the next client that reaches the stage, held there; None when none does in time. Cut it afterwards.
+
+        Whose name begins with `spared` is let pass.
+        """
+        trap = Trap(stage, when, spared)
         self._traps.append(trap)
         try:
             async with asyncio.timeout(within):
@@ -68,10 +72,10 @@ class Proxy:
         """Return the name of the stage a statement belongs to; empty when it has none."""
         return "commit" if statement[:6].upper() == "COMMIT" else self._stages.get(statement, "")
 
-    def spring(self, stage: str) -> Trap | None:
-        """Return the trap that a client steps into at a stage."""
+    def spring(self, stage: str, name: str) -> Trap | None:
+        """Return the trap that the client of this name steps into at a stage."""
         for trap in self._traps:
-            if trap.stage == stage:
+            if trap.stage == stage and not (trap.spared and name.startswith(trap.spared)):
                 self._traps.remove(trap)
                 return trap
         return None
@@ -201,7 +205,7 @@ class Link:
             stage = self._prepared.get(body.split(b"\0", 2)[1], "")
         elif kind == b"Q":
             stage = self._proxy.stage_of(body.rstrip(b"\0").decode())
-        return self._proxy.spring(stage) if stage and self._springing is None else None
+        return self._proxy.spring(stage, self.name) if stage and self._springing is None else None
 
     def _start(self, frame: bytes) -> None:
         if _LENGTH.unpack_from(frame, 4)[0] in _NO_STARTUP:

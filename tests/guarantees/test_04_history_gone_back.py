@@ -5,15 +5,20 @@ from __future__ import annotations
 import logging
 import os
 import shutil
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from pathlib import Path
+from typing import Any
 
+import asyncpg
 import pytest
 from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
 from sqlalchemy.pool import NullPool
 
 from outbox import SyncManager
-from outbox.epoch import EPOCH
+from outbox.epoch import EPOCH, Vigil
 from outbox.finding import Verdict
+from outbox.lanes import HIGHEST
 from outbox.migrate import migrate
 from outbox.testing.postgres import EmbeddedPostgres
 from tests.conftest import PostgresServer, new_database
@@ -136,7 +141,7 @@ async def test_a_data_directory_put_back_is_found_by_what_the_secondary_holds(di
         await manager.relay().drain()
         assert await epoch(engine) == before
         assert await value(engine, "select beyond from outbox_secondary") == 41
-        assert (await manager.move_past()).after == 41
+        assert (await manager.move_past()).after == 42
         assert await history(manager) is Verdict.WARNING
         await manager.aclose()
         await engine.dispose()
@@ -171,6 +176,41 @@ async def test_a_relay_that_runs_sees_that_positions_are_given_again(primary: As
         await eventually(lambda: value(primary, "select beyond from outbox_secondary"))
     assert secondary.held["default", "Thing", "1"].content == '{"value":0}'
     await manager.aclose()
+
+
+async def test_positions_that_a_crash_took_with_it_are_no_history_that_went_back() -> None:
+    """S5: drawn, seen by a relay, never committed: a crash may give them again, and nobody ever had them."""
+    # Else it would bring the drawn positions to disk while the test goes on.
+    with own_server(wal_writer_delay="10s") as server:
+        engine = create_async_engine(server.dsn(), poolclass=NullPool)
+        await migrate(engine)
+        manager = await recorded(engine)
+        vigil = Vigil("search")
+        async with connected(server) as connection, connected(server) as writer:
+            transaction = writer.transaction()
+            await transaction.start()
+            await writer.execute("select nextval('outbox_event_id_seq') from generate_series(1, 100)")
+            assert not await vigil.went_back(connection, "public")
+            seen = await connection.fetchval(HIGHEST.on("public"))
+            server.crash()
+        server.start()
+        async with connected(server) as connection:
+            assert await connection.fetchval(HIGHEST.on("public")) < seen
+            assert not await vigil.went_back(connection, "public")
+            assert await connection.fetchval("select doubted_at from outbox_secondary") is None
+        assert await history(manager) is Verdict.OK
+        await manager.aclose()
+        await engine.dispose()
+
+
+@asynccontextmanager
+async def connected(server: EmbeddedPostgres) -> AsyncIterator[asyncpg.Connection[Any]]:
+    """A plain connection, which a crash of the server may end first."""
+    connection = await asyncpg.connect(server.dsn(driver="postgresql"))
+    try:
+        yield connection
+    finally:
+        connection.terminate()
 
 
 async def test_a_role_that_may_not_see_the_epoch_carries_all_the_same(primary: AsyncEngine) -> None:

@@ -12,13 +12,16 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from outbox.testing.binaries import describe_binaries, find_binaries
+from outbox.testing.checker import Report
 from outbox.testing.checks.verdict import Answer
 from outbox.testing.crash.ledger import enter, ran
+from outbox.testing.crash.numbers import NUMBERS, reached, short, table
 from outbox.testing.crash.plan import FAULTS
 from outbox.testing.crash.run import run
 from outbox.testing.crash.terms import Terms
+from outbox.testing.history import Recording
 
-__all__ = ["main"]
+__all__ = ["failed", "main"]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -28,15 +31,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if unknown := set(faults) - set(FAULTS):
         sys.stderr.write(f"unknown faults: {', '.join(sorted(unknown))}; there are {', '.join(FAULTS)}\n")
         return 2
+    seconds = given.seconds or (NUMBERS[given.numbers].seconds if given.numbers else 60.0)
     with tempfile.TemporaryDirectory(prefix="outbox-crash-") as directory:
         history = given.history or Path(tempfile.gettempdir()) / f"outbox-crash-{given.seed}.jsonl"
         history.unlink(missing_ok=True)
         terms = Terms(
             seed=given.seed,
-            seconds=given.seconds,
+            seconds=seconds,
             relays=given.relays,
             writers=given.writers,
+            survivors=given.survivors,
             faults=faults,
+            asked=NUMBERS[given.numbers].within(seconds) if given.numbers else {},
             history_file=str(history.absolute()),
             directory=directory,
         )
@@ -46,24 +52,33 @@ def main(arguments: Sequence[str] | None = None) -> int:
         finally:
             if terms.log.exists():
                 shutil.copy(terms.log, log)
+        found = reached(Recording(history))
         if given.ledger:
             # Of the wheel, of Debian or of a build: which server it was is part of what was shown.
             enter(given.ledger, ran(terms, report, describe_binaries(find_binaries()).split(" from ")[0]))
     sys.stdout.writelines(f"{line}\n" for line in report.lines())
-    failed = bool(fallen) or report.answer is Answer.INVALID
+    sys.stdout.writelines(f"{line}\n" for line in (table(terms.asked, found) if terms.asked else ()))
+    wrong = failed(report, fallen, short(terms.asked, found))
     if fallen:
         sys.stdout.write(f"ended by themselves: {', '.join(fallen)}\n")
-    if failed:
+    if wrong:
         sys.stdout.write(f"seed {given.seed}, history {history}, what the processes said {log}\n")
-    return int(failed)
+    return int(wrong)
+
+
+def failed(report: Report, fallen: Sequence[str], missing: Sequence[str]) -> bool:
+    """Whether a run found something, lost a process that should not have ended, or showed less than was asked for."""
+    return report.answer is Answer.INVALID or bool(fallen or missing)
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m outbox.testing.crash", description="Kill, pause, cut; then check.")
     parser.add_argument("--seed", type=int, default=secrets.randbelow(1_000_000))
-    parser.add_argument("--seconds", type=float, default=60, help="how long faults go on")
-    parser.add_argument("--relays", type=int, default=3)
+    parser.add_argument("--seconds", type=float, help="how long faults go on; 60, or as long as the numbers say")
+    parser.add_argument("--numbers", choices=sorted(NUMBERS), help="what must be reached; a shorter run owes its share")
+    parser.add_argument("--relays", type=int, default=6)
     parser.add_argument("--writers", type=int, default=2)
+    parser.add_argument("--survivors", type=int, default=0, help="relays that nobody kills, to see what they hold")
     parser.add_argument("--history", type=Path, help="where the history is kept")
     parser.add_argument("--ledger", type=Path, help="where what it showed is written down, beside a page made of it")
     parser.add_argument("--faults", help=f"some of {','.join(FAULTS)}; by default all")

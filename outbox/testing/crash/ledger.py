@@ -12,9 +12,12 @@ import msgspec
 
 from outbox.testing.checker import Report
 from outbox.testing.checks.verdict import Answer
+from outbox.testing.crash.measure import Flat, flat
+from outbox.testing.crash.numbers import reached
+from outbox.testing.crash.plan import FAULTS
 from outbox.testing.crash.terms import Terms
 from outbox.testing.history import Recording
-from outbox.testing.records import Applied, Asked, Ended, Fired, Recorded, Undone
+from outbox.testing.records import Applied, Asked, Measured
 
 __all__ = ["Found", "Ran", "enter", "ledger", "ran", "write_page"]
 
@@ -23,11 +26,18 @@ _INTRODUCTION = """\
 
 What the crash lab has shown. Made from `reliability.jsonl`; `make soak` adds a run to both, and
 `python -m outbox.testing.crash --seed N` repeats one: the same seed strikes the same blows, and the operating system
-does the rest. Every run ends with a history that is judged whole, by the same checks: nothing lost, delivered without a
-commit, altered, moved to another tenant, taken back, brought back, leased twice, started out of commit order, settled
-by who had lost it, waited for too early, or forgotten too soon; counts add up; in the end both sides are equal.
+does the rest. With `--numbers ci`, or `soak`, it is asked for so many kills, crashes, cuts and events, goes on until it
+has them, for twice its time at most, and fails without. Every run ends with a history that is judged whole, by the same
+checks: nothing lost, delivered without a commit, altered, moved to another tenant, taken back, brought back, leased
+twice, started out of commit order, settled by who had lost it, waited for too early, or forgotten too soon; counts add
+up; in the end both sides are equal.
 
 """
+
+_LIVED = (
+    "Nobody kills or stops it; its connections are cut and its primary crashes as everybody's. Medians of the second",
+    "and of the last fifth of its life. Converged: from the last fault or write until nothing was owed.\n",
+)
 
 
 class Ran(msgspec.Struct, kw_only=True, tag="ran"):
@@ -45,6 +55,11 @@ class Ran(msgspec.Struct, kw_only=True, tag="ran"):
     states: int
     records: int
     anomalies: list[str] = []
+    relay_kills: int = 0
+    resumed: int = 0
+    at_commit: int = 0
+    converged: float = 0
+    flat: Flat = Flat()
 
 
 class Found(msgspec.Struct, kw_only=True, tag="found"):
@@ -58,34 +73,31 @@ class Found(msgspec.Struct, kw_only=True, tag="found"):
 
 def ran(terms: Terms, report: Report, server: str) -> Ran:
     """Return the entry of a run that is over."""
-    faults: Counter[str] = Counter()
     seen: Counter[type] = Counter()
-    open_ones: Counter[str] = Counter()
-    events = 0
+    measured: list[Measured] = []
     for record in Recording(terms.history):
         seen[type(record)] += len(record.entries) if isinstance(record, Applied) else 1
-        match record:
-            case Fired():
-                faults[record.fault.partition(" ")[0]] += 1
-            case Recorded():
-                open_ones[record.transaction] += len(record.entries)
-            case Undone():
-                open_ones[record.transaction] -= len(record.positions)
-            case Ended():
-                events += open_ones.pop(record.transaction, 0) if record.how == "committed" else 0
+        if isinstance(record, Measured):
+            measured.append(record)
+    found = reached(Recording(terms.history))
     return Ran(
         date=datetime.now(UTC).date().isoformat(),
         commit=_commit(),
         server=server,
         seed=terms.seed,
         hours=round(terms.seconds / 3600, 3),
-        faults=dict(sorted(faults.items())),
-        transactions=seen[Ended],
-        events=events,
+        faults={fault: found[fault] for fault in sorted(FAULTS) if found[fault]},
+        transactions=found["transactions"],
+        events=found["events"],
         calls=seen[Asked],
         states=seen[Applied],
         records=report.records,
         anomalies=[verdict.check for verdict in report.verdicts if verdict.answer is Answer.INVALID],
+        relay_kills=found["relay kills"],
+        resumed=found["zombie resumes"],
+        at_commit=found["of them at COMMIT"],
+        converged=report["convergence"].counts.get("milliseconds", 0) / 1_000,
+        flat=flat(measured),
     )
 
 
@@ -119,6 +131,10 @@ def _page(entries: list[Ran | Found]) -> Iterator[str]:
     heads = ("date", "commit", "server", "seed", "hours", "faults", "transactions", "events", "calls", "anomalies")
     aligned = (":--", ":--", ":--", *["--:"] * 6, ":--")
     yield from _table(heads, aligned, ((*_cells(run), ", ".join(run.anomalies) or "none") for run in runs))
+    yield "\n## A relay that lives through it\n"
+    yield from _LIVED
+    names = ("date", "seed", "kills of others", "resumed", "cut at COMMIT", "converged", *Flat.__struct_fields__)
+    yield from _table(names, (":--", *["--:"] * 9), (_lived(run) for run in runs if run.flat != Flat()))
     yield "\n## What it found\n"
     for each in found:
         yield f"- {each.date}, seed {each.seed}: {each.what} {each.mended}".rstrip()
@@ -142,6 +158,12 @@ def _together(runs: list[Ran], faults: Counter[str]) -> Iterator[tuple[str, ...]
 def _cells(run: Ran) -> tuple[str, ...]:
     counts = (sum(run.faults.values()), run.transactions, run.events, run.calls)
     return (run.date, run.commit, run.server, str(run.seed), f"{run.hours:g}", *(f"{count:,}" for count in counts))
+
+
+def _lived(run: Ran) -> tuple[str, ...]:
+    counts = (f"{count:,}" for count in (run.relay_kills, run.resumed, run.at_commit))
+    held = (f"{first:g} to {last:g}" for first, last in msgspec.structs.astuple(run.flat))
+    return (run.date, str(run.seed), *counts, f"{run.converged:.1f} s", *held)
 
 
 def _table(heads: Iterable[str], aligned: Iterable[str], rows: Iterable[Iterable[str]]) -> Iterator[str]:

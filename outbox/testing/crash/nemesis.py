@@ -10,16 +10,17 @@ from contextlib import asynccontextmanager, suppress
 from typing import Any, ClassVar
 
 import asyncpg
+from msgspec.structs import replace
 
 from outbox.primary import PRIMARY_FAILED
 from outbox.testing.crash.nursery import Nursery
 from outbox.testing.crash.plan import STAGES, Strike
-from outbox.testing.crash.terms import BACKENDS, Terms
+from outbox.testing.crash.terms import BACKENDS, SPARED, Terms
 from outbox.testing.crash.wire import Request, ask
 from outbox.testing.history import History
 from outbox.testing.postgres import EmbeddedPostgres
 from outbox.testing.proxy import Proxy
-from outbox.testing.records import Fired, Healed
+from outbox.testing.records import Did, Fired, Healed
 
 __all__ = ["Nemesis", "Population"]
 
@@ -31,7 +32,7 @@ class Population:
     """Keeps as many of each alive as the terms say, whoever dies."""
 
     def __init__(self, terms: Terms, nursery: Nursery) -> None:
-        self._wanted = {"relay": terms.relays, "writer": terms.writers, "prover": 1}
+        self._wanted = {"relay": terms.relays, "writer": terms.writers, "prover": 1, SPARED: terms.survivors}
         self._nursery = nursery
         self._numbers = itertools.count(1)
         self._keeping: set[asyncio.Task[None]] = set()
@@ -77,8 +78,8 @@ class Nemesis:
         self._primary = asyncio.Lock()
         self._killing = asyncio.Lock()
         self._until = 0.0
-        self._seen = 0
         self._shelves: dict[str, asyncio.Lock] = {}
+        self._hurt: set[str] = set()
 
     async def carry_out(self, strikes: list[Strike]) -> None:
         """Return when every strike is over and healed, and the time of the terms is up."""
@@ -95,49 +96,61 @@ class Nemesis:
         await self.WAYS[strike.fault](self, strike)
 
     async def _kill(self, strike: Strike) -> None:
-        """Kill a relay, but not before some relay got as far as a call: else a slow machine would see nothing done."""
+        """Kill a relay, but not before one got as far as a call: else a slow machine would see nothing done."""
         async with self._killing:
-            await self._something_done()
-            if asyncio.get_running_loop().time() > self._until:
+            if asyncio.get_running_loop().time() < self._until:
+                await self._somebody_at_work()
+        if asyncio.get_running_loop().time() > self._until:
+            return
+        async with self._struck(strike) as name:
+            self._nursery.signal(name, signal.SIGKILL)
+            await self._nursery.end(name)
+
+    async def _somebody_at_work(self) -> None:
+        for _ in range(int(_PATIENCE / _BETWEEN_LOOKS)):
+            if await self._at_work():
                 return
-            async with self._caught(strike) as name:
-                if name:
-                    self._fire(strike, name)
-                    self._nursery.signal(name, signal.SIGKILL)
-                    await self._nursery.end(name)
+            await asyncio.sleep(_BETWEEN_LOOKS)
 
-    async def _something_done(self) -> None:
-        with suppress(TimeoutError):
-            async with asyncio.timeout(_PATIENCE):
-                seen, self._seen = self._seen, await self._calls()
-                while self._seen <= seen:
-                    await asyncio.sleep(_BETWEEN_LOOKS)
-                    self._seen = await self._calls()
+    async def _at_work(self) -> list[str]:
+        """Return the relays that live, are whole and got as far as a call of a secondary."""
+        asked = [ask(self._terms.shelf, Request(asks="callers", backend_id=backend_id)) for backend_id in BACKENDS]
+        callers = set().union(*await asyncio.gather(*asked))
+        return [name for name in self._whole() if name in callers]
 
-    async def _calls(self) -> int:
-        """Return how many calls there were of any secondary."""
-        asked = [ask(self._terms.shelf, Request(asks="calls", backend_id=backend_id)) for backend_id in BACKENDS]
-        return sum(answer["calls"] for answer in await asyncio.gather(*asked))
+    def _whole(self) -> list[str]:
+        return [name for name in self._nursery.living("relay") if name not in self._hurt]
 
     async def _stop(self, strike: Strike) -> None:
         """Stop a process for longer than its lease, and let it go on as if nothing had happened."""
+        async with self._struck(strike) as name:
+            self._nursery.signal(name, signal.SIGSTOP)
+        await asyncio.sleep(strike.seconds)
+        if self._nursery.lives(name):
+            self._history.write(Did(operation="resumed"))
+        self._nursery.signal(name, signal.SIGCONT)
+        self._hurt.discard(name)
+        self._heal(strike, name)
+
+    @asynccontextmanager
+    async def _struck(self, strike: Strike) -> AsyncIterator[str]:
+        """Whom a strike hits: who reaches its point, and is held there meanwhile; if nobody does, anybody."""
         async with self._caught(strike) as name:
-            if name:
-                self._fire(strike, name)
-                self._nursery.signal(name, signal.SIGSTOP)
-        if name:
-            await asyncio.sleep(strike.seconds)
-            self._nursery.signal(name, signal.SIGCONT)
-            self._heal(strike, name)
+            if name and name not in self._hurt:
+                self._hit(strike, name)
+                yield name
+                return
+        name = await self._anybody(strike)
+        self._hit(replace(strike, how="anywhere"), name)
+        yield name
 
     @asynccontextmanager
     async def _caught(self, strike: Strike) -> AsyncIterator[str]:
-        """Somebody to strike: anybody, or whoever is at the point the strike is about, who is held there meanwhile."""
+        """Who reaches the point of a strike; nobody where it has none, or when nobody does in time."""
         if strike.how == "anywhere":
-            names = self._nursery.living("relay")
-            yield names[strike.number % len(names)] if names else ""
+            yield ""
         elif strike.how in STAGES:
-            link = await self._proxy.catch(strike.stage, strike.when, _PATIENCE)
+            link = await self._proxy.catch(strike.stage, strike.when, _PATIENCE, SPARED)
             yield link.name if link else ""
             if link:
                 link.cut()
@@ -146,6 +159,18 @@ class Nemesis:
             caught = await ask(self._terms.shelf, Request(asks="ambush", seconds=_PATIENCE, **about))
             yield caught["caller"]
             await ask(self._terms.shelf, Request(asks="release", number=caught["number"], **about))
+
+    async def _anybody(self, strike: Strike) -> str:
+        """Return somebody at work, as who has nothing in hand has nothing to lose; else whoever lives."""
+        while True:
+            if names := await self._at_work() or self._whole():
+                return names[strike.number % len(names)]
+            await asyncio.sleep(_BETWEEN_LOOKS)
+
+    def _hit(self, strike: Strike, name: str) -> None:
+        # Nobody is killed twice, and who is stopped is to wake up again.
+        self._hurt.add(name)
+        self._fire(strike, name)
 
     async def _kill_writer(self, strike: Strike) -> None:
         if names := self._nursery.living("writer"):

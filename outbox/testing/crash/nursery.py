@@ -37,7 +37,11 @@ class Nursery:
 
     def living(self, role: str) -> list[str]:
         """The names of the processes of a role that were started and have not ended."""
-        return [name for name, end in self._living.items() if name.startswith(f"{role}-") and not end.done()]
+        return [name for name in self._living if name.startswith(f"{role}-") and self.lives(name)]
+
+    def lives(self, name: str) -> bool:
+        """Whether a process was started and has not ended."""
+        return name in self._living and not self._living[name].done()
 
     def start(self, role: str, name: str) -> None:
         """Start a process. Its name begins with its role."""

@@ -62,13 +62,13 @@ STAGES = (
 )
 
 FAULTS: dict[str, _Kind] = {
-    "kill": _Kind(3.5, (*["anywhere"] * 12, *["asked", "applied"] * 4, *STAGES)),
-    "stop": _Kind(0.4, ("anywhere", "asked", "applied", *STAGES), (1.2, 2.5)),
+    "kill": _Kind(4, (*["anywhere"] * 12, *["asked", "applied"] * 4, *STAGES)),
+    "stop": _Kind(0.45, (*["anywhere", "asked", "applied"] * 4, *STAGES), (1.2, 2.5)),
     "writer": _Kind(0.2),
     "postgres": _Kind(0.1),
     "terminate": _Kind(0.2),
     "cut": _Kind(
-        0.9, (*["before commit", "after commit"] * 2, *STAGES, "swallowed", "reset", "hole", "slow"), (0.3, 2.5)
+        1, (*["before commit", "after commit"] * 2, *STAGES, "swallowed", "reset", "hole", "slow"), (0.3, 2.5)
     ),
     "secondary": _Kind(0.4, ("down", "throttled", "hung", "late", "slow", "mute", "partly", "short"), (0.3, 1.5)),
     "poison": _Kind(0),
@@ -82,8 +82,8 @@ def plan(terms: Terms) -> list[Strike]:
     strikes: list[Strike] = []
     for fault in terms.faults:
         kind, dice = FAULTS[fault], random.Random(f"{terms.seed} {fault}")  # noqa: S311 - not a secret
-        at = 0.0
-        while kind.per_second and (at := at + dice.expovariate(kind.per_second)) < terms.seconds:
-            lasting = dice.uniform(*kind.leases) * terms.lease
+        # As many as the rate says, at any time: what a run is asked for must not be for the dice to give.
+        for _ in range(round(kind.per_second * terms.seconds)):
+            at, lasting = dice.uniform(0, terms.seconds), dice.uniform(*kind.leases) * terms.lease
             strikes.append(Strike(at, fault, dice.choice(kind.ways), lasting, dice.randrange(2**31)))
     return sorted(strikes, key=lambda strike: strike.at)

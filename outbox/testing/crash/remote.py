@@ -12,6 +12,7 @@ from outbox.errors import Unavailable
 from outbox.event import SyncEvent
 from outbox.secondaries.base import Applied, Outcome, Rejected, ResourceDigest, Retry, Stale
 from outbox.testing.crash.observed import attempt_in_hand
+from outbox.testing.crash.terms import SPARED
 from outbox.testing.crash.wire import Request, ask
 from outbox.testing.history import History
 from outbox.testing.records import Fired
@@ -82,6 +83,8 @@ class RemoteSecondary:
         return int((await self._ask(asks="highest"))["position"])
 
     def _die(self) -> None:
+        if self._caller.startswith(SPARED):
+            raise RuntimeError("deadly to others")
         if self._history is not None:
             self._history.write(Fired(fault="deadly", against=self._caller))
         os.kill(os.getpid(), signal.SIGKILL)

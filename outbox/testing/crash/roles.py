@@ -13,16 +13,17 @@ from outbox.manager import SyncManager
 from outbox.primary import PRIMARY_FAILED
 from outbox.register import Registration
 from outbox.testing.crash.dump import compare
+from outbox.testing.crash.measure import measure
 from outbox.testing.crash.observed import observed
 from outbox.testing.crash.remote import RemoteSecondary
 from outbox.testing.crash.shelf import serve
-from outbox.testing.crash.terms import BACKENDS, Terms, config_of, engine_of
+from outbox.testing.crash.terms import BACKENDS, SPARED, Terms, config_of, engine_of
 from outbox.testing.crash.writing import track_items, write
 from outbox.testing.history import History
 
 __all__ = ["live", "registrations"]
 
-_BETWEEN_COMPARISONS = 0.5
+_BETWEEN_COMPARISONS = 1.0
 
 
 def registrations(terms: Terms, caller: str, history: History | None = None) -> list[Registration]:
@@ -38,6 +39,17 @@ async def _relay(terms: Terms, name: str) -> None:
         relay.stop_on_signals()
         await relay.run()
         await engine.dispose()
+
+
+async def _survivor(terms: Terms, name: str) -> None:
+    """Relay, and say again and again how much one holds that nothing ends."""
+    with History(terms.history, process=f"{name} measured", role="measured") as history:
+        measuring = asyncio.create_task(measure(history), name=f"{name} measured")
+        try:
+            await _relay(terms, name)
+        finally:
+            measuring.cancel()
+            await asyncio.wait([measuring])
 
 
 async def _writer(terms: Terms, name: str) -> None:
@@ -85,6 +97,7 @@ _ROLES: dict[str, Callable[[Terms, str], Awaitable[None]]] = {
     "writer": _writer,
     "prover": _prover,
     "shelf": _shelf,
+    SPARED: _survivor,
 }
 
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import time
 from collections import Counter
+from collections.abc import Iterator
 from contextlib import AsyncExitStack
 from datetime import timedelta
 
@@ -23,13 +25,14 @@ from outbox.settle import CLOSE, SETTLE
 from outbox.testing.checker import Report, check
 from outbox.testing.crash.dump import dump, owed
 from outbox.testing.crash.nemesis import Nemesis, Population
+from outbox.testing.crash.numbers import reached, short
 from outbox.testing.crash.nursery import Nursery
 from outbox.testing.crash.plan import Strike, plan
 from outbox.testing.crash.roles import registrations
-from outbox.testing.crash.terms import Terms, config_of, engine_of
+from outbox.testing.crash.terms import SPARED, Terms, config_of, engine_of
 from outbox.testing.crash.wire import Request, ask
 from outbox.testing.crash.writing import create_items, track_items
-from outbox.testing.history import History, Recording
+from outbox.testing.history import BrokenHistory, History, Recording
 from outbox.testing.postgres import EmbeddedPostgres
 from outbox.testing.proxy import Proxy
 from outbox.testing.records import Drained, Promised, Pruned
@@ -49,8 +52,11 @@ _STATEMENTS = {
 _STAGES = {each.asyncpg("public")[0]: stage for stage, found in _STATEMENTS.items() for each in found}
 # With fewer, it may be that none comes about: the primary is away, or nobody passes the point.
 _ENOUGH, _ENOUGH_AT_A_POINT = 3, 10
-# What relays carry at least, all together, on a machine that has other things to do.
-_PER_SECOND = 50
+# What a slow machine did not reach in its time it may make up for, for as long again at most.
+_ROUND = 60.0
+# What secondaries answer, and how calls end, in a run that is asked for numbers and long enough for what is rare.
+_LONG = 300.0
+_SEEN = ("stale", "retry", "rejected", "answered", "raised", "cut", "abandoned", "not_synced")
 _DRAIN = timedelta(seconds=300)
 
 
@@ -68,10 +74,13 @@ async def run(terms: Terms) -> tuple[Report, list[str]]:
         if terms.prunes:
             history.write(Pruned())
         people = Population(terms, nursery)
-        people.keep("writer")
-        people.keep("relay")
-        people.keep("prover")
-        await Nemesis(terms, nursery, server, proxy, history).carry_out(plan(terms))
+        for role in ("writer", "relay", SPARED, "prover"):
+            people.keep(role)
+        nemesis = Nemesis(terms, nursery, server, proxy, history)
+        for each in _rounds(terms):
+            await nemesis.carry_out(plan(each))
+            if not await asyncio.to_thread(_short, terms):
+                break
         await people.stop("prover")
         await people.stop("writer")
         await _end(terms, people, history)
@@ -99,10 +108,11 @@ async def _end(terms: Terms, people: Population, history: History) -> None:
     """Wait until nothing is owed any more, and read everything."""
     engine = engine_of(terms, "harness")
     try:
-        history.write(_promised(terms, plan(terms), await owed(engine)))
+        history.write(_promised(terms, plan(terms)))
         if await _drained(engine):
             history.write(Drained())
         await people.stop("relay")
+        await people.stop(SPARED)
         manager = SyncManager(engine, registrations(terms, "harness"), config=config_of(terms))
         track_items(manager)
         await dump(manager, history)
@@ -119,21 +129,42 @@ async def _drained(engine: AsyncEngine) -> bool:
     return True
 
 
-def _promised(terms: Terms, strikes: list[Strike], backlog: int = 0) -> Promised:
-    """A tenth of what is planned must come about, or the run has shown nothing; where a beat is awaited, some may.
+def _rounds(terms: Terms) -> Iterator[Terms]:
+    """Yield what is to be carried out, one after the other until all that was asked for is reached."""
+    yield terms
+    if terms.asked:
+        seconds = max(min(_ROUND, terms.seconds), terms.seconds / 10)
+        for number in range(1, 1 + math.ceil(terms.seconds / seconds)):
+            yield replace(terms, seed=terms.seed + number * 1_000_003, seconds=seconds)
 
-    What was owed when the faults ended takes its time as well.
-    """
+
+def _short(terms: Terms) -> list[str]:
+    try:
+        return short(terms.asked, reached(Recording(terms.history)))
+    except BrokenHistory:
+        # Somebody was just writing its last line, and there is time to look again.
+        return ["unread"]
+
+
+def _promised(terms: Terms, strikes: list[Strike]) -> Promised:
+    """A tenth of what is planned must come about, one at each point; where a beat is awaited, some may."""
     config = config_of(terms)
     planned = Counter(strike.name for strike in strikes if strike.stage != "heartbeat")
     enough = {strike.name: _ENOUGH_AT_A_POINT if strike.waits else _ENOUGH for strike in strikes}
-    within = config.lease + config.retry_max + config.breaker_max + timedelta(seconds=10 + backlog / _PER_SECOND)
+    within = config.lease + max(config.retry_max, config.breaker_max) + timedelta(seconds=10)
     # Commits whose answer was lost, settles that came too late, and deliveries that were repeated.
-    rare = ("synced", "reconciled", "unknown", "fenced", "again") if {"cut", "stop", "kill"} <= {*terms.faults} else ()
+    struck = ("unknown", "fenced", "again", "resumed") if {"cut", "stop", "kill"} <= {*terms.faults} else ()
+    everything = terms.asked and terms.seconds >= _LONG
+    rare = ("synced", "reconciled", "bulk", *struck, *(_SEEN if everything else ()))
     often = ("committed", "rolled_back", "recorded", "undone", "applied", "claimed", "settled", "asked")
     return Promised(
         seed=terms.seed,
-        faults={name: max(1, times // 10) for name, times in planned.items() if times >= enough[name]},
+        faults={
+            name: 1 if enough[name] == _ENOUGH_AT_A_POINT else max(1, times // 10)
+            for name, times in planned.items()
+            if times >= enough[name]
+        }
+        | ({"deadly": 1} if everything else {}),
         operations=dict.fromkeys(often, max(1, int(terms.seconds / 2))) | dict.fromkeys(rare, 1),
         most_attempts=config.max_attempts,
         converge_within=within // timedelta(microseconds=1) * 1_000,

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+from collections import deque
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from typing import Any
@@ -16,13 +17,14 @@ import msgspec
 
 from outbox.content import content_digest
 from outbox.testing.crash.remote import POISON
-from outbox.testing.crash.terms import BACKENDS, Terms
+from outbox.testing.crash.terms import BACKENDS, SPARED, Terms
 from outbox.testing.crash.wire import Request, receive, send
 from outbox.testing.history import History
 from outbox.testing.records import Answered, Applied, Asked, Entry, Key, Refused
 
 __all__ = ["serve"]
 
+_LATEST = 200
 _GONE = (ConnectionError, EOFError)
 
 
@@ -61,8 +63,9 @@ class _Shelf:
         options = {"process": f"shelf-{backend_id}", "role": "secondary", "backend_id": backend_id}
         self.history = History(terms.history, **options)
         self._backend_id = backend_id
-        self._held: dict[Key, tuple[int, str | None]] = {}
+        self._held: dict[Key, tuple[int, str]] = {}
         self._calls = 0
+        self._callers: deque[str] = deque(maxlen=_LATEST)
         self._fault, self._seconds = "", 0.0
         self._healed = asyncio.Event()
         self._ambushes: dict[int, _Ambush] = {}
@@ -70,7 +73,7 @@ class _Shelf:
         self._answers: dict[str, Callable[[Request], Awaitable[Any]]] = {
             "check": self._check,
             "highest": self._highest,
-            "calls": self._count,
+            "callers": self._called_by,
             "fault": self._misbehave,
             "ambush": self._lie_in_wait,
             "release": self._release,
@@ -85,6 +88,7 @@ class _Shelf:
             await send(writer, await self._answers[request.asks](request))
             return
         self._calls += 1
+        self._callers.append(request.caller)
         call = f"{self._backend_id}-{self._calls}"
         entries = [_entry(*event) for event in request.events]
         told: dict[str, Any] = {"backend_id": self._backend_id, "call": call}
@@ -135,12 +139,12 @@ class _Shelf:
             return "stale"
         if POISON in (content or ""):
             return "rejected"
-        self._held[entry.key] = (entry.position, content)
+        self._held[entry.key] = (entry.position, entry.digest)
         return "applied"
 
     async def _pass(self, point: str, caller: str) -> None:
         for ambush in self._ambushes.values():
-            if ambush.point == point and not ambush.caught.done():
+            if ambush.point == point and not ambush.caught.done() and not caller.startswith(SPARED):
                 ambush.caught.set_result(caller)
                 await ambush.over.wait()
                 return
@@ -153,8 +157,8 @@ class _Shelf:
     async def _highest(self, _: Request) -> Any:
         return {"position": max((position for position, _ in self._held.values()), default=0)}
 
-    async def _count(self, _: Request) -> Any:
-        return {"calls": self._calls}
+    async def _called_by(self, _: Request) -> Any:
+        return list(self._callers)
 
     async def _misbehave(self, request: Request) -> Any:
         self._healed.set()
@@ -180,11 +184,7 @@ class _Shelf:
         return {}
 
     async def _contents(self, _: Request) -> Any:
-        return [
-            (position, *key, content_digest(content))
-            for key, (position, content) in self._held.items()
-            if content is not None
-        ]
+        return [(position, *key, digest) for key, (position, digest) in self._held.items() if digest]
 
 
 def _entry(position: int, tenant_id: str, resource_type: str, resource_id: str, content: str | None) -> Entry:

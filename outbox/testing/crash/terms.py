@@ -11,7 +11,10 @@ from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
 
 from outbox.settings import SyncConfig
 
-__all__ = ["BACKENDS", "Terms", "config_of", "engine_of"]
+__all__ = ["BACKENDS", "SPARED", "Terms", "config_of", "engine_of"]
+
+#: The role whose processes live through all that strikes others; its name begins theirs.
+SPARED = "survivor"
 
 #: The secondaries of a run and the order each needs.
 BACKENDS: dict[str, Literal["state", "log"]] = {"index": "state", "archive": "log"}
@@ -29,8 +32,11 @@ class Terms(msgspec.Struct, frozen=True, kw_only=True):
     faults: tuple[str, ...]
     history_file: str
     directory: str
+    asked: dict[str, int] = {}
+    survivors: int = 0
     dsn: str = ""
-    keys: int = 400
+    hot_keys: int = 400
+    keys: int = 1_200
     lease: float = 1.0
 
     @property
@@ -60,6 +66,7 @@ def config_of(terms: Terms) -> SyncConfig:
         lease=timedelta(seconds=terms.lease),
         attempt_deadline=timedelta(seconds=3 * terms.lease),
         poll_interval=timedelta(milliseconds=50),
+        # What is lost twice goes alone: of large batches a kill would leave little that goes together.
         batch_size=25,
         batch_bytes=_MEBIBYTE,
         retry_initial=timedelta(milliseconds=20),
@@ -76,5 +83,6 @@ def config_of(terms: Terms) -> SyncConfig:
 
 def engine_of(terms: Terms, name: str, **connecting: object) -> AsyncEngine:
     """Return an engine whose connections say whose they are, so that the nemesis can tell."""
-    arguments = {"server_settings": {"application_name": name}, "timeout": 5, **connecting}
+    # Whoever is born every second must not prepare for TLS first, which takes as long as all else.
+    arguments = {"server_settings": {"application_name": name}, "timeout": 5, "ssl": False, **connecting}
     return create_async_engine(terms.dsn, connect_args=arguments)

@@ -23,6 +23,7 @@ from outbox.testing.records.run import (
     Finished,
     Fired,
     Healed,
+    Measured,
     Opened,
     Promised,
     Pruned,
@@ -57,6 +58,7 @@ __all__ = [
     "Held",
     "Kept",
     "Key",
+    "Measured",
     "Opened",
     "Owed",
     "Promised",
@@ -97,6 +99,7 @@ Record = (
     | Counted
     | Did
     | Drained
+    | Measured
     | Kept
     | Owed
     | Attempted

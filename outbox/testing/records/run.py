@@ -20,6 +20,7 @@ __all__ = [
     "Finished",
     "Fired",
     "Healed",
+    "Measured",
     "Opened",
     "Promised",
     "Pruned",
@@ -209,6 +210,15 @@ class Did(Said, frozen=True, kw_only=True):
 
 class Drained(Said, frozen=True, kw_only=True):
     """The harness saw nothing owed any more, after the last fault."""
+
+
+class Measured(Said, frozen=True, kw_only=True):
+    """How much a process holds: resident bytes, open descriptors, sockets among them, and tasks."""
+
+    resident: int
+    descriptors: int
+    sockets: int
+    tasks: int
 
 
 class Finished(Said, frozen=True, kw_only=True):
