@@ -142,6 +142,7 @@ async def test_a_move_that_was_cut_off_leaves_them_withheld(
 async def test_nobody_is_said_to_be_in_step_before_it_was_compared(primary: AsyncEngine) -> None:
     """C4, N3: with nothing owed and nothing refused, what the lost history left there is still there."""
     async with one(primary) as (manager, _):
+        await execute(primary, NOTE, missing=0)
         await manager.move_past()
         await manager.relay().drain()
         (status,) = await manager.all_statuses()
