@@ -123,15 +123,14 @@ select max(event_id) from page
 """)
 
 # A note of what was given up is of use as long as somebody may ask about an event that it stands for: the newest may be
-# forgotten first, when an older one is still owed to another secondary.
+# forgotten first, when an older one is still owed to another secondary. Any key's event in between keeps it: to find one
+# is a step, where to find that none of them is the key's would be a walk.
 PRUNE_DISCARDED = Statement("""
 delete from {schema}.outbox_discarded as discarded
 where discarded.discarded_at < statement_timestamp() - cast(:keep as interval)
   and not exists (
       select from {schema}.outbox as event
       where event.event_id between discarded.oldest_id and discarded.event_id
-        and event.tenant_id = discarded.tenant_id and event.resource_type = discarded.resource_type
-        and event.resource_id = discarded.resource_id
       offset 0
   )
 """)

@@ -23,10 +23,28 @@ if TYPE_CHECKING:
 
 __all__ = ["RECORD", "RECORD_ONE", "record", "refuse_autocommit"]
 
+# Whom the registry names, as the statement that records sees it.
+_OWED_TO = """array(
+               select secondary.backend_id
+               from {schema}.outbox_secondary as secondary
+               where secondary.status in ('shadow', 'live', 'paused')
+                 and (secondary.tenant_ids is null or [tenant_id] = any (secondary.tenant_ids))
+                 and (secondary.resource_types is null or [resource_type] = any (secondary.resource_types))
+                 and (cast(:backend_ids as text[]) is null
+                      or secondary.backend_id = any (cast(:backend_ids as text[])))
+           ) as owed_to"""
+
+_ANSWER = """
+select event_id, owed_to, cast(cast(transaction_id as text) as bigint) as transaction_id, stamp,
+       owed_to <> '{}' or exists (select from {schema}.outbox_secondary) as anybody
+from event
+"""
+
 # The transaction gets its id before it draws a position: whoever reads the sequence and then the running
 # transactions has seen every writer that may still commit a lower position. Positions are drawn in the
 # order given, and rows are counted back without RETURNING, so an insert-only role can record.
-_RECORD = """
+RECORD = Statement(
+    """
 with writer as materialized (
     select pg_current_xact_id() as transaction_id, [stamp] as stamp
 ), event as materialized (
@@ -34,17 +52,12 @@ with writer as materialized (
            cast(hashtextextended(tenant_id, 0) & 63 as smallint) as lane,
            hashtextextended(tenant_id || '/' || resource_type || '/' || resource_id, 0) as key_hash,
            writer.transaction_id, writer.stamp, given.*,
-           array(
-               select secondary.backend_id
-               from {schema}.outbox_secondary as secondary
-               where secondary.status in ('shadow', 'live', 'paused')
-                 and (secondary.tenant_ids is null or given.tenant_id = any (secondary.tenant_ids))
-                 and (secondary.resource_types is null or given.resource_type = any (secondary.resource_types))
-                 and (cast(:backend_ids as text[]) is null
-                      or secondary.backend_id = any (cast(:backend_ids as text[])))
-           ) as owed_to
-    from writer cross join [given]
-        as given (tenant_id, resource_type, resource_id, operation, version, fhir_version, content, bulk_id, headers)
+           [owed_to]
+    from writer cross join unnest(
+        cast(:tenant_ids as text[]), cast(:resource_types as text[]), cast(:resource_ids as text[]),
+        cast(:operations as text[]), cast(:versions as text[]), cast(:fhir_versions as text[]),
+        cast(:contents as text[]), cast(:bulk_ids as uuid[]), cast(:headers as text[])
+    ) as given (tenant_id, resource_type, resource_id, operation, version, fhir_version, content, bulk_id, headers)
 ), written as (
     insert into {schema}.outbox
         (event_id, tenant_id, resource_type, resource_id, operation, version, fhir_version, content, bulk_id, headers,
@@ -57,33 +70,40 @@ with writer as materialized (
     insert into {schema}.outbox_delivery (backend_id, lane, event_id, key_hash)
     select owed.backend_id, event.lane, event.event_id, event.key_hash
     from event cross join unnest(event.owed_to) as owed (backend_id)
-)
-select event_id, owed_to, cast(cast(transaction_id as text) as bigint) as transaction_id, stamp,
-       owed_to <> '{}' or exists (select from {schema}.outbox_secondary) as anybody
-from event
-""".replace("[stamp]", STAMP)
-
-RECORD = Statement(
-    _RECORD.replace(
-        "[given]",
-        """unnest(
-        cast(:tenant_ids as text[]), cast(:resource_types as text[]), cast(:resource_ids as text[]),
-        cast(:operations as text[]), cast(:versions as text[]), cast(:fhir_versions as text[]),
-        cast(:contents as text[]), cast(:bulk_ids as uuid[]), cast(:headers as text[])
-    )""",
-    )
+)""".replace("[owed_to]", _OWED_TO)
+    .replace("[tenant_id]", "given.tenant_id")
+    .replace("[resource_type]", "given.resource_type")
+    .replace("[stamp]", STAMP)
+    + _ANSWER
 )
 
-# Nearly every transaction records one event, and nine arrays of one are dearer than nine values.
+# Nearly every transaction records one event. The same without rows to join: the id comes first because a CASE asks for
+# it, and what is written is given where it is written. A tenth less of the server's time than through a list of one.
 RECORD_ONE = Statement(
-    _RECORD.replace(
-        "[given]",
-        """(values (
-        cast(:tenant_id as text), cast(:resource_type as text), cast(:resource_id as text), cast(:operation as text),
-        cast(:version as text), cast(:fhir_version as text), cast(:content as text), cast(:bulk_id as uuid),
-        cast(:headers as text)
-    ))""",
-    )
+    """
+with event as materialized (
+    select case when pg_current_xact_id() is not null then nextval('{schema}.outbox_event_id_seq') end as event_id,
+           cast(hashtextextended([tenant_id], 0) & 63 as smallint) as lane,
+           hashtextextended([tenant_id] || '/' || [resource_type] || '/' || cast(:resource_id as text), 0) as key_hash,
+           pg_current_xact_id() as transaction_id, [stamp] as stamp,
+           [owed_to]
+), written as (
+    insert into {schema}.outbox
+        (event_id, tenant_id, resource_type, resource_id, operation, version, fhir_version, content, bulk_id, headers,
+         stamp)
+    overriding system value
+    select event_id, [tenant_id], [resource_type], cast(:resource_id as text), cast(:operation as text),
+           cast(:version as text), cast(:fhir_version as text), cast(cast(:content as text) as json),
+           cast(:bulk_id as uuid), cast(cast(:headers as text) as json), stamp
+    from event
+), owed as (
+    insert into {schema}.outbox_delivery (backend_id, lane, event_id, key_hash)
+    select unnest(owed_to), lane, event_id, key_hash from event
+)""".replace("[owed_to]", _OWED_TO)
+    .replace("[tenant_id]", "cast(:tenant_id as text)")
+    .replace("[resource_type]", "cast(:resource_type as text)")
+    .replace("[stamp]", STAMP)
+    + _ANSWER
 )
 
 _ROWS_PER_STATEMENT = 1_000

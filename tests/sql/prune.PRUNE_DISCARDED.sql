@@ -3,7 +3,5 @@ where discarded.discarded_at < statement_timestamp() - cast($1 as interval)
   and not exists (
       select from "public".outbox as event
       where event.event_id between discarded.oldest_id and discarded.event_id
-        and event.tenant_id = discarded.tenant_id and event.resource_type = discarded.resource_type
-        and event.resource_id = discarded.resource_id
       offset 0
   )

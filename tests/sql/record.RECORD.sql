@@ -18,8 +18,7 @@ with writer as materialized (
         cast($2 as text[]), cast($3 as text[]), cast($4 as text[]),
         cast($5 as text[]), cast($6 as text[]), cast($7 as text[]),
         cast($8 as text[]), cast($9 as uuid[]), cast($10 as text[])
-    )
-        as given (tenant_id, resource_type, resource_id, operation, version, fhir_version, content, bulk_id, headers)
+    ) as given (tenant_id, resource_type, resource_id, operation, version, fhir_version, content, bulk_id, headers)
 ), written as (
     insert into "public".outbox
         (event_id, tenant_id, resource_type, resource_id, operation, version, fhir_version, content, bulk_id, headers,
