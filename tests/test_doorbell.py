@@ -18,6 +18,7 @@ from sqlalchemy.pool import NullPool
 
 from outbox import MemorySecondary, SyncConfig, SyncEvent, SyncManager
 from outbox.schema import LISTEN_CHANNEL
+from outbox.wakeup import Doorbell
 from tests.waiting import eventually
 
 both_kinds = pytest.mark.parametrize("kind", ["sync", "async"])
@@ -160,3 +161,13 @@ def _nobody_rings() -> bool:
     return asyncio.all_tasks() == {asyncio.current_task()} and "outbox-doorbell" not in {
         thread.name for thread in threading.enumerate()
     }
+
+
+def test_whoever_commits_all_the_time_rings_less_often() -> None:
+    """More than eight commits in 5 ms, and as many for as long as it goes on."""
+    bell = Doorbell("public", across_processes=True)
+    pauses = []
+    for commits in (1, 8, 9, 33, 32, 9, 0):
+        bell._announced = commits
+        pauses.append(bell._quiet())
+    assert pauses == [0.005, 0.005, 0.02, 0.02, 0.005, 0.02, 0.005]
