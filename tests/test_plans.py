@@ -13,12 +13,10 @@ from uuid import uuid4
 
 import asyncpg
 import pytest
-from conftest import new_database
 from psycopg import sql
 from relaying import load_opened
 from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
 from sqlalchemy.pool import NullPool
-from test_golden_sql import statements
 from waiting import eventually
 
 from outbox import Applied, RetryPolicy, SyncConfig
@@ -31,6 +29,8 @@ from outbox.settle import settle
 from outbox.statement import Statement
 from outbox.testing.postgres import PostgresServer
 from outbox.turn import TURN, take_turn
+from tests.conftest import new_database
+from tests.test_golden_sql import statements
 
 Connection = asyncpg.Connection
 Node = dict[str, Any]

@@ -18,8 +18,9 @@ from uuid import uuid4
 import pytest
 from relaying import dsn_of, everything
 from sqlalchemy.ext.asyncio import AsyncEngine
-from test_cli import Done, outbox
-from test_docs import blocks
+
+from tests.test_cli import Done, outbox
+from tests.test_docs import blocks
 
 APP = """
 from sqlalchemy.ext.asyncio import create_async_engine

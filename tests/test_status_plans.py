@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 from sqlalchemy.ext.asyncio import AsyncEngine
-from test_plans import FEW, HISTORY, MANY, TABLES, Connection, Node, nodes, plain
 
 from outbox.status import LAG
+from tests.test_plans import FEW, HISTORY, MANY, TABLES, Connection, Node, nodes, plain
 
 FOLD = "update outbox_secondary set folded_through = coalesce((select max(attempt_id) from outbox_attempt), 0)"
 SHARE = "update outbox_attempt set backend_id = ($1::text[])[1 + attempt_id % $2] where backend_id = 'search'"

@@ -146,7 +146,7 @@ class Floors(Scene):
         self.relay = await self.hand("relay")
         self.newer = await self.writer("writer", change("late"))
         self.gate = await self.stage.connection("gate")
-        # The first position drawn after a restart is logged, and that alone gives the writer its id: not so the next 32.
+        # The first position after a restart is logged, and that alone gives its writer an id; the next 32 are not.
         await self.gate.execute("select nextval('outbox_event_id_seq')")
         return self
 
