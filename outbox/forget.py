@@ -21,11 +21,11 @@ from outbox.capture import Tracking
 from outbox.errors import NotForgotten
 from outbox.event import SyncEvent
 from outbox.find import Asked, found_at
-from outbox.present import in_primary
 from outbox.record import record
 from outbox.repair import ALONE
 from outbox.scrub import Scrubbed, count_scrubbable, scrub, scrub_failures
 from outbox.secondaries.base import Secondary
+from outbox.source import Source
 from outbox.statement import Statement
 from outbox.token import SyncToken
 from outbox.why import CLOCK
@@ -118,7 +118,7 @@ class Eraser:
     ) -> None:
         self._engine = engine
         self._schema = schema
-        self._tracking = tracking
+        self._source = Source(engine, tracking)
         self._secondaries = secondaries
         self._wait = wait
         self._timeout = timeout
@@ -159,7 +159,7 @@ class Eraser:
         return SyncToken.of(written.transaction_id, written.stamp, [(position, owed)]), position, scrubbed
 
     async def _refuse_present(self, session: AsyncSession, asked: Asked, below: int) -> None:
-        primary = await in_primary(session, self._tracking, *asked)
+        primary = await self._source.in_primary(session, *asked)
         parameters = asked.parameters | {"below": below}
         newest = None if primary.tracked else await session.scalar(text(NEWEST.on(self._schema)), parameters)
         if primary.present or newest not in (None, "delete"):
@@ -214,7 +214,7 @@ class Eraser:
         self, asked: Asked, reason: str | None, position: int | None, scrubbed: Scrubbed, seen: Sequence[Erased]
     ) -> Evidence:
         unproved = [f"{each.backend_id}: {each.why}" for each in seen if each.why is not None]
-        if not any(each.resource_type == asked.resource_type for each in self._tracking):
+        if asked.resource_type not in self._source.resource_types:
             unproved.insert(
                 0, f"the primary: {asked.resource_type} is not tracked here, so nobody can say that it is gone"
             )

@@ -123,8 +123,8 @@ select max(event_id) from page
 """)
 
 # A note of what was given up is of use as long as somebody may ask about an event that it stands for: the newest may be
-# forgotten first, when an older one is still owed to another secondary. Any key's event in between keeps it: to find one
-# is a step, where to find that none of them is the key's would be a walk.
+# forgotten first, when an older one is still owed to another secondary. Any key's event in between keeps it, because to
+# find one is a step, and to find that none is the key's would be a walk.
 PRUNE_DISCARDED = Statement("""
 delete from {schema}.outbox_discarded as discarded
 where discarded.discarded_at < statement_timestamp() - cast(:keep as interval)

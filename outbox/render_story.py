@@ -10,7 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from outbox.forget import Evidence
-from outbox.present import InPrimary
+from outbox.source import InPrimary
 from outbox.story import Copy, Handed, Standing, Story, instant
 
 __all__ = ["evidence_text", "story_text"]

@@ -5,19 +5,30 @@ from __future__ import annotations
 from collections.abc import AsyncIterator, Iterator, Sequence
 from typing import Any
 
+import msgspec
 from sqlalchemy import BigInteger, Select, cast, func, literal_column, select
 from sqlalchemy.dialects.postgresql import BIT
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession
 from sqlalchemy.orm import QueryableAttribute, Session
 
 from outbox.capture import Tracked, Tracking
+from outbox.content import content_digest
 from outbox.event import Operation, SyncEvent
 from outbox.listing import Listing, PrimaryRow, identified, of_tenant, rows_of, sorts_by_bytes
 from outbox.secondaries.base import Summary
 
-__all__ = ["Source"]
+__all__ = ["InPrimary", "Source"]
 
 _PAGE = 500
+
+
+class InPrimary(msgspec.Struct, frozen=True):
+    """One resource as the primary holds it; where its type is not `tracked`, nobody can tell and the rest is empty."""
+
+    tracked: bool
+    present: bool = False
+    version: str | None = None
+    digest: str | None = None
 
 
 class Source:
@@ -67,13 +78,20 @@ class Source:
         """
         tracked = self._tracked(resource_type)
         statement = _matching(tracked, tenant_id, resource_ids).with_for_update(skip_locked=True, of=tracked.entity)
-        wanted = {(tenant_id, name) for name in resource_ids}
-        events = await session.run_sync(
-            lambda loading: [
-                tracked.event(Operation.UPDATE, row) for row in self._rows(loading, statement, tracked, wanted)
-            ]
-        )
-        return {event.resource_id: event for event in events}
+        return await self._events(session, statement, tracked, {(tenant_id, name) for name in resource_ids})
+
+    async def in_primary(
+        self, session: AsyncSession, tenant_id: str, resource_type: str, resource_id: str
+    ) -> InPrimary:
+        """Return what the session's transaction sees of one resource; locks nothing."""
+        if (tracked := next(self._of(resource_type), None)) is None:
+            return InPrimary(tracked=False)
+        statement = _matching(tracked, tenant_id, [resource_id])
+        event = (await self._events(session, statement, tracked, {(tenant_id, resource_id)})).get(resource_id)
+        if event is None:
+            return InPrimary(tracked=True)
+        assert event.content is not None, "an update has its content"
+        return InPrimary(True, True, event.version, content_digest(event.content))
 
     async def can_sum(self, resource_type: str) -> bool:
         """Whether the database itself can sum up ranges: the content is a text column, the id's index is by bytes."""
@@ -131,6 +149,17 @@ class Source:
                 return {str(tenant) for tenant in await session.scalars(select(column).distinct())}
             rows = await session.stream_scalars(select(tracked.entity).execution_options(yield_per=_PAGE))
             return {tracked.tenant(row) async for row in rows}
+
+    async def _events(
+        self, session: AsyncSession, statement: Select[Any], tracked: Tracked, wanted: set[tuple[str, str]]
+    ) -> dict[str, SyncEvent]:
+        """Return update events of what is there, by id."""
+        events = await session.run_sync(
+            lambda loading: [
+                tracked.event(Operation.UPDATE, row) for row in self._rows(loading, statement, tracked, wanted)
+            ]
+        )
+        return {event.resource_id: event for event in events}
 
     def _rows(
         self, session: Session, statement: Select[Any], tracked: Tracked, wanted: set[tuple[str, str]]

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import msgspec
 
-from outbox.present import InPrimary
+from outbox.source import InPrimary
 
 __all__ = ["Copy", "GivenUp", "Handed", "Holding", "KeptEvent", "Moves", "Standing", "Story", "instant", "moves_of"]
 

@@ -16,9 +16,9 @@ from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession
 from outbox.capture import Tracking
 from outbox.find import Asked, found_at
 from outbox.names import ACTOR, CORRELATION_ID, header_in
-from outbox.present import InPrimary, in_primary
 from outbox.secondaries.base import Secondary
 from outbox.settings import SyncConfig
+from outbox.source import InPrimary, Source
 from outbox.statement import Statement
 from outbox.story import Copy, GivenUp, Handed, Holding, KeptEvent, Standing, Story, moves_of
 
@@ -161,7 +161,7 @@ class StoryTeller:
         self._engine = engine
         self._schema = config.database_schema
         self._silence_limit = config.unhealthy_after_silence
-        self._tracking = tracking
+        self._source = Source(engine, tracking)
         self._secondaries = secondaries
 
     async def tell(self, asked: Asked) -> Story:
@@ -183,7 +183,7 @@ class StoryTeller:
     async def _look(self, asked: Asked) -> Story:
         async with _snapshot(self._engine) as session:
             at: datetime = (await self._rows(session, CLOCK, {}))[0].at
-            primary = await in_primary(session, self._tracking, *asked)
+            primary = await self._source.in_primary(session, *asked)
             kept = await self._rows(session, KEPT, asked.parameters)
             standing = await self._rows(session, STANDING, asked.parameters)
             handed = await self._rows(session, HANDED, asked.parameters)

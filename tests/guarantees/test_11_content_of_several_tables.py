@@ -11,6 +11,7 @@ from sqlalchemy.ext.asyncio import AsyncEngine
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column, relationship
 
 from outbox import MemorySecondary
+from outbox.errors import NotForgotten
 from tests.comparing import said
 from tests.relaying import manager_of
 
@@ -70,7 +71,13 @@ async def test_parts_are_compared_and_restored(
     key = ("default", "Owner", "2" if identity is None else "urn:2")
     before = secondary.held.pop(key)
     assert before.content != said("first")
+    story = await manager.why("Owner", key[2])
+    assert (story.primary.present, [each.copy.equal for each in story.secondaries]) == (True, [False])
     found = await manager.reconcile("mirror", repair=True)
     assert (found.missing, found.primary_count) == (1, 3)
     await manager.relay().drain()
     assert secondary.held[key].content == before.content == '{"parts":["2a","2b"]}'
+    story = await manager.why("Owner", key[2])
+    assert [each.copy.equal for each in story.secondaries] == [True]
+    with pytest.raises(NotForgotten):
+        await manager.forget("Owner", key[2])
