@@ -8,7 +8,7 @@ Only what stands between the marks of the page is replaced; without a file, the 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from benchmarks.results import ROOT, Line, Part, Results, latest, load
@@ -26,13 +26,14 @@ def figures(results: Results) -> str:
     return "\n".join(lines)
 
 
-def written(page: str, results: Results) -> str:
-    """Return the page with these figures. Raises `ValueError` where its marks are missing."""
+def written(page: str, results: Results, pictures: Sequence[Path] = ()) -> str:
+    """Return the page with these figures and pictures. Raises `ValueError` where its marks are missing."""
     before, begin, rest = page.partition(BEGIN)
     _, end, after = rest.partition(END)
     if not begin or not end:
         raise ValueError("the page has no place for figures")
-    return f"{before}{BEGIN}\n{figures(results)}\n{END}{after}"
+    shown = "".join(f"\n![{each.stem.replace('-', ' ')}]({each.name})\n" for each in pictures)
+    return f"{before}{BEGIN}\n{figures(results)}\n{shown}{END}{after}"
 
 
 def _goals(results: Results) -> Iterator[str]:
@@ -91,8 +92,8 @@ def main() -> None:
     results = load(given.results or latest())
     from benchmarks.plots import drawn  # noqa: PLC0415 - the tables alone need no matplotlib
 
-    given.page.write_text(written(given.page.read_text(), results))
     pictures = drawn(results, given.page.parent)
+    given.page.write_text(written(given.page.read_text(), results, pictures))
     print(f"{given.page.name} and {', '.join(path.name for path in pictures)} from {results.commit}")
 
 
