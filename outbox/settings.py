@@ -67,12 +67,12 @@ class SyncConfig(BaseModel):
     batch_size: Annotated[int, Field(ge=1, le=10_000)] = 100
     """Most events handed to a secondary at once."""
 
-    batch_bytes: Annotated[int, Field(ge=1, le=2**30)] = 16 * 1_048_576
+    batch_bytes: Annotated[int, Field(ge=1, le=2**30)] = 8 * 1_048_576
     """Most bytes of content in memory for one batch: what does not fit is fetched and handed over in parts, each with
     its own `attempt_deadline`; an event that is larger goes alone. A relay holds at most this times
     `attempts_in_flight` for each of its secondaries, beside what their adapters make of it."""
 
-    attempts_in_flight: Annotated[int, Field(ge=1, le=64)] = 4
+    attempts_in_flight: Annotated[int, Field(ge=1, le=64)] = 8
     """Most batches one relay has out at one secondary at the same time."""
 
     poll_interval: _Duration = timedelta(milliseconds=200)
