@@ -59,7 +59,7 @@ class SyncOutboxSession(Session):
         self.info["outbox_changes"] = Changes(tracking)
 
     def record(self, *events: SyncEvent | Iterable[SyncEvent]) -> None:
-        """Have events written with the next flush or commit, in the order of the calls, in this transaction."""
+        """Have events written with the next flush that writes anything, or at commit, in the order of the calls."""
         # As add() does: what is recorded belongs to a transaction from here on, and ends with it.
         if not self.in_transaction():
             self.begin()
@@ -175,7 +175,7 @@ class OutboxSession(AsyncSession):
         return self.sync_session.token
 
     def record(self, *events: SyncEvent | Iterable[SyncEvent]) -> None:
-        """Have events written with the next flush or commit, in the order of the calls, in this transaction."""
+        """Have events written with the next flush that writes anything, or at commit, in the order of the calls."""
         self.sync_session.record(*events)
 
     async def execute_recorded(self, statement: Update | Delete) -> int:
