@@ -10,7 +10,7 @@ BENCH := .venv/.installed-bench
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-input
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test zoo soak lint format bench clean
+.PHONY: help demo test zoo versions soak lint format bench clean
 
 help: ## Show this list
 	@echo "make TARGET [ARGS=...] [PYTHON=python3.12]"
@@ -24,6 +24,9 @@ test: $(TEST) ## Run every test and check (ARGS="-k claim" narrows it)
 
 zoo: $(TEST) ## Put every known defect in, one at a time: named tests must catch each
 	@OUTBOX_TEST_ZOO=all $(BIN)/python -m pytest tests/zoo $(ARGS)
+
+versions: $(TEST) ## Run the tests on PostgreSQL 15, 16 and 17 (ARGS="16 17" for some)
+	@.ci/versions $(ARGS)
 
 soak: $(TEST) ## Kill, pause and cut for three hours, and enter it in the ledger (ARGS="--seconds 600 --seed 7")
 	@$(BIN)/python -m outbox.testing.crash --numbers soak --survivors 1 --ledger docs/reliability.jsonl $(ARGS)
