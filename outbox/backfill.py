@@ -24,7 +24,7 @@ from outbox.restraint import Restraint
 from outbox.settled import settled
 from outbox.statement import Statement
 
-__all__ = ["BEGIN", "MOST_OWED", "STATE", "Backfill", "BackfillProgress"]
+__all__ = ["BEGIN", "MOST_OWED", "SHARE", "STATE", "Backfill", "BackfillProgress"]
 
 # In one order, so that two who begin at once wait for each other and not in a circle.
 BEGIN = Statement("""
@@ -48,6 +48,9 @@ where backend_id = :backend_id
 MOST_OWED = 100
 """How many of a backfill's own deliveries may be on their way, unless said otherwise: a batch of a relay. With twice as
 many it is a third faster, and live events beside it took more than twice as long as alone."""
+
+SHARE = 0.5
+"""How much of the time a backfill works, unless said otherwise: on a busy machine the rest is what live events need."""
 
 _LARGEST_PAGE = 500
 _MOST_REFUSALS = 10
@@ -89,6 +92,7 @@ class Backfill:
         *,
         rate: float | None = None,
         most_owed: int | None = MOST_OWED,
+        share: float = SHARE,
         ring: Callable[[], None] = lambda: None,
         told: Callable[[BackfillProgress], None] = lambda _: None,
     ) -> None:
@@ -96,11 +100,13 @@ class Backfill:
             raise SettingsError("rate", "must be above 0")
         if most_owed is not None and most_owed < 1:
             raise SettingsError("most_owed", "must be 1 or more, or None")
+        if not 0 < share <= 1:
+            raise SettingsError("share", "must be above 0, and 1 at most")
         self._engine = engine
         self._tracking = tracking
         self._schema = schema
         self._filler = Filler(engine, schema, backend_id)
-        self._restraint = Restraint(engine, schema, backend_id, rate=rate, most_owed=most_owed)
+        self._restraint = Restraint(engine, schema, backend_id, rate=rate, most_owed=most_owed, share=share)
         self._size = _page_size(rate, most_owed)
         self._ring = ring
         self._told = told
@@ -183,20 +189,22 @@ class Backfill:
     async def _page(self, extent: Extent) -> bool:
         """Record the next page, whole; return whether the scope is finished."""
         await self._restraint.room(self._size, self._waits)
+        started = time.monotonic()
         page = await self._filler.page(extent, self._size)
+        took = time.monotonic() - started
         while page.missing:
             self._ring()
             self._waits("transactions that hold some of the page's rows")
             await self._filler.come_back(extent, page)
-        self._note(page)
+        self._note(page, took)
         return page.last
 
-    def _note(self, page: Page) -> None:
+    def _note(self, page: Page, took: float) -> None:
         progress = self._progress
         progress.recorded += len(page.positions)
         progress.refused += len(page.refusals)
         progress.refusals += page.refusals[: _MOST_REFUSALS - len(progress.refusals)]
-        self._restraint.note(page.positions, len(page.positions))
+        self._restraint.note(page.positions, took)
         if page.positions:
             self._ring()
 

@@ -12,7 +12,7 @@ from msgspec.structs import asdict
 from rich.progress import BarColumn, Progress, TextColumn
 
 from outbox import errands
-from outbox.backfill import BackfillProgress
+from outbox.backfill import SHARE, BackfillProgress
 from outbox.interrupt import until_signal
 from outbox.options import App, Backend, Config, Json
 from outbox.reach import manager_of
@@ -33,6 +33,9 @@ def backfill(
         float | None,
         typer.Option("--rate", min=0.1, help="Most resources per second.  [default: as fast as it is carried]"),
     ] = None,
+    share: Annotated[
+        float, typer.Option("--share", min=0.01, max=1, help="How much of the time it works; the rest is for others.")
+    ] = SHARE,
     restart: Annotated[bool, typer.Option("--restart", help="Record again what was recorded.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only tell how many.")] = False,
     json: Json = False,
@@ -51,7 +54,7 @@ def backfill(
     async def filled() -> int:
         with _shown(backend, quiet=json) as told:
             found = await errands.backfill(
-                manager, backend, tenant, resource_type, rate=rate, restart=restart, progress=told
+                manager, backend, tenant, resource_type, rate=rate, share=share, restart=restart, progress=told
             )
         typer.echo(json_text(_plain(found)) if json else _said(found))
         return int(found.refused > 0)

@@ -9,7 +9,7 @@ from sqlalchemy.ext.asyncio import AsyncEngine
 
 from outbox.ahead import Moved, move_past
 from outbox.answer import SyncResult, SyncStatus
-from outbox.backfill import MOST_OWED, Backfill, BackfillProgress
+from outbox.backfill import MOST_OWED, SHARE, Backfill, BackfillProgress
 from outbox.capture import Tracking
 from outbox.doctor import diagnose
 from outbox.errors import UnknownSecondary
@@ -140,6 +140,7 @@ class Prover:
         resource_type: str | None = None,
         rate: float | None = None,
         most_owed: int | None = MOST_OWED,
+        share: float = SHARE,
         restart: bool = False,
         dry_run: bool = False,
         progress: Callable[[BackfillProgress], None] = lambda _: None,
@@ -147,9 +148,10 @@ class Prover:
         """Record an event, owed to one secondary only, for every resource of the tracked classes that it wants.
 
         Writes may go on. Goes on where an earlier call ended, however it ended, until all is recorded once; `restart`
-        begins anew, `dry_run` only counts. Records at most `rate` resources per second, and no more before all but
-        `most_owed` of its deliveries are done or failing: None is for when no relay runs. `progress` is called after
-        every page. Raises `UnknownSecondary` for one that is owed nothing, and `SettingsError`.
+        begins anew, `dry_run` only counts. Records at most `rate` resources per second, for a `share` of the time, and
+        no more before all but `most_owed` of its deliveries are done or failing: None is for when no relay runs.
+        `progress` is called after every page. Raises `UnknownSecondary` for one that is owed nothing, and
+        `SettingsError`.
         """
         backfill = Backfill(
             self.engine,
@@ -158,6 +160,7 @@ class Prover:
             backend_id,
             rate=rate,
             most_owed=most_owed,
+            share=share,
             ring=self.ring,
             told=progress,
         )

@@ -46,16 +46,24 @@ _SHORTEST, _LONGEST = 0.002, 0.1
 
 
 class Restraint:
-    """Lets a backfill go on when few of its own deliveries are on their way, and not faster than its rate."""
+    """Lets a backfill go on when few of its own deliveries are on their way, at its rate, for its share of the time."""
 
     def __init__(
-        self, engine: AsyncEngine, schema: str, backend_id: str, *, rate: float | None, most_owed: int | None
+        self,
+        engine: AsyncEngine,
+        schema: str,
+        backend_id: str,
+        *,
+        rate: float | None,
+        most_owed: int | None,
+        share: float,
     ) -> None:
         self._engine = engine
         self._schema = schema
         self._backend_id = backend_id
         self._rate = rate
         self._most_owed = most_owed
+        self._share = share
         self._owed: list[int] = []
         self._due = 0.0
 
@@ -70,11 +78,13 @@ class Restraint:
             raise UnknownSecondary(self._backend_id, f"it is {row.status} and is owed nothing any more")
         return row
 
-    def note(self, positions: Collection[int], resources: int) -> None:
-        """Remember what a page has recorded."""
+    def note(self, positions: Collection[int], took: float) -> None:
+        """Remember what a page has recorded, and how many seconds of work it was."""
         self._owed += positions
+        now = time.monotonic()
         if self._rate is not None:
-            self._due = max(self._due, time.monotonic()) + resources / self._rate
+            self._due = max(self._due, now) + len(positions) / self._rate
+        self._due = max(self._due, now + took * (1 / self._share - 1))
 
     async def room(self, size: int, waits: Callable[[str], None]) -> None:
         """Return when a page of `size` may be recorded; `waits` hears what is waited for, if it takes a while."""
