@@ -102,7 +102,9 @@ class _Waiter:
         now = time.monotonic()
         pause = 0.0 if self.doubtful or not undone else _PATIENCE * (now - self.since)
         self.next_look = now + min(max(pause, _SHORTEST_SLEEP), _LONGEST_SLEEP)
-        if self._seen >= self.events and not self.doubtful:
+        if self.doubtful:
+            return
+        if self._seen >= self.events or not self.worst.state.waits:
             self.looked.set()
         if not self.worst.state.waits and not self.ended.done():
             self.ended.set_result(None)

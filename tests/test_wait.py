@@ -6,11 +6,13 @@ import asyncio
 import time
 from datetime import timedelta
 
+import pytest
 from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
 from sqlalchemy.pool import NullPool
 
 from outbox import SyncState, SyncToken, record
 from outbox.migrate import migrate
+from outbox.secondaries.base import Rejected
 from outbox.wait import Found
 from outbox.waiters import _Waiter
 from tests.relaying import change, execute, manager_of, own_server, running
@@ -86,3 +88,21 @@ async def test_what_is_gone_is_told_however_many_pages_and_transactions_there_ar
         fates = dict.fromkeys(waiter.doubtful, SyncState.PRUNED)
         waiter.learn({each: Found(SyncState.UNKNOWN) for each in waiter.page}, fates)
     assert waiter.status().state is SyncState.PRUNED
+
+
+async def test_whoever_does_not_wait_is_answered_when_one_event_is_dead_and_another_is_gone(
+    primary: AsyncEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Found by the model test: nobody looked again for what was missing, and he was kept as long as a look may take."""
+    monkeypatch.setattr("outbox.waiters._FIRST_LOOK", 3600)
+    search = ScriptedSecondary("search")
+    search.always("bad", Rejected("malformed"))
+    manager = manager_of(primary, search)
+    await manager.register()
+    async with primary.begin() as connection:
+        token = await record(connection, [change("bad"), change("gone")])
+    await manager.relay().drain()
+    await execute(primary, "delete from outbox where resource_id = 'gone'")
+    answer = (await manager.wait_for_sync(token, timeout=0))["search"]
+    assert (answer.state, answer.synced) == (SyncState.PRUNED, False)
+    await manager.aclose()
