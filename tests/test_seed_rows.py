@@ -123,7 +123,7 @@ async def _silent(manager: SyncManager, backend_id: str) -> bool:
 async def test_a_relay_started_twice_and_others_beside_it_carry_everything_once(primary: AsyncEngine) -> None:
     """Seed D31: starting replaces nothing and drops nothing, however often it is done, and with work in hand."""
     secondary = ScriptedSecondary("search")
-    manager, other = (manager_of(primary, secondary, batch_size=7, lease=0.6) for _ in range(2))
+    manager, other = (manager_of(primary, secondary, batch_size=7, attempts_in_flight=4, lease=0.6) for _ in range(2))
     await manager.register()
     relay = manager.relay()
     secondary.hang()
