@@ -33,10 +33,11 @@ async def tidy(primary: Primary, config: SyncConfig, carriers: Sequence[Carrier]
     for carrier in carriers:
         await carrier.tidy()
     async with primary.connection() as connection:
-        await prune_attempts(connection, schema, config.keep_attempts)
         await prune_discarded(connection, schema, config.keep_attempts)
         await prune_reconciliations(connection, schema, config.keep_attempts)
-        after: int | None = 0
         deadline = time.monotonic() + config.prune_interval.total_seconds()
+        while await prune_attempts(connection, schema, config.keep_attempts) and time.monotonic() < deadline:
+            pass
+        after: int | None = 0
         while after is not None and time.monotonic() < deadline:
             after = await prune_events(connection, schema, config.keep_events, after)

@@ -77,14 +77,23 @@ where ctid = any (array(select row_id from stray where not owes_nothing))
 """)
 
 # One snapshot decides: a delivery is either waiting, in hand or held, and moves between them in one transaction.
+# The oldest come first, and one that is young ends the walk: to look for what is old among all that is kept took as
+# long as there was much of it. What is further from now than `keep` in either direction is of a clock that was wrong,
+# and keeps nobody.
 PRUNE_EVENTS = Statement("""
-with page as materialized (
-    select event.event_id, cast(hashtextextended(event.tenant_id, 0) & 63 as smallint) as lane,
-           hashtextextended(event.tenant_id || '/' || event.resource_type || '/' || event.resource_id, 0) as key_hash
+with head as materialized (
+    select event.event_id, event.tenant_id, event.resource_type, event.resource_id,
+           event.created_at not between statement_timestamp() - cast(:keep as interval)
+               and statement_timestamp() + cast(:keep as interval) as old
     from {schema}.outbox as event
-    where event.event_id > :after and event.created_at < statement_timestamp() - cast(:keep as interval)
+    where event.event_id > :after
     order by event.event_id
     limit :page_size
+), page as materialized (
+    select event_id, cast(hashtextextended(tenant_id, 0) & 63 as smallint) as lane,
+           hashtextextended(tenant_id || '/' || resource_type || '/' || resource_id, 0) as key_hash
+    from head
+    where old
 ), secondary as materialized (
     select backend_id, folded_through from {schema}.outbox_secondary
 ), owed as materialized (
@@ -119,7 +128,7 @@ with page as materialized (
         array(select event_id from page where event_id not in (select event_id from owed))
     )
 )
-select max(event_id) from page
+select case when bool_and(old) then max(event_id) end from head
 """)
 
 # A note of what was given up is of use as long as somebody may ask about an event that it stands for: the newest may be
@@ -135,20 +144,24 @@ where discarded.discarded_at < statement_timestamp() - cast(:keep as interval)
   )
 """)
 
+# In the order of their claims, which is nearly that of their ends.
 PRUNE_ATTEMPTS = Statement("""
-with page as materialized (
-    select attempt.row_id
+with head as materialized (
+    select secondary.backend_id, attempt.row_id,
+           attempt.finished_at not between statement_timestamp() - cast(:keep as interval)
+               and statement_timestamp() + cast(:keep as interval) as old
     from {schema}.outbox_secondary as secondary
     cross join lateral (
-        select attempt.ctid as row_id
+        select attempt.ctid as row_id, attempt.finished_at
         from {schema}.outbox_attempt as attempt
         where attempt.backend_id = secondary.backend_id and attempt.attempt_id <= secondary.folded_through
-          and attempt.finished_at < statement_timestamp() - cast(:keep as interval)
         order by attempt.attempt_id
         limit :page_size
     ) as attempt
+), gone as (
+    delete from {schema}.outbox_attempt where ctid = any (array(select row_id from head where old))
 )
-delete from {schema}.outbox_attempt where ctid = any (array(select row_id from page))
+select exists (select from head group by backend_id having bool_and(old) and count(*) = :page_size)
 """)
 
 # What repaired something is kept for good, and so is the latest proof of each secondary.
@@ -186,15 +199,19 @@ async def prune_reconciliations(connection: asyncpg.Connection[Any], schema: str
 
 
 async def prune_events(connection: asyncpg.Connection[Any], schema: str, keep: timedelta, after: int) -> int | None:
-    """Delete one page of events above `after` that are older than `keep` and owed to nobody.
+    """Of the next page of events above `after` delete those that are older than `keep` and owed to nobody.
 
-    Return the last position looked at, to go on from, or None when there was nothing old enough left.
+    Return the last position looked at, to go on from, or None when there is nothing left or what comes is younger.
     """
     parameters = {"after": after, "keep": keep, "page_size": _PAGE}
     last: int | None = await connection.fetchval(*PRUNE_EVENTS.arguments(schema, parameters))
     return last
 
 
-async def prune_attempts(connection: asyncpg.Connection[Any], schema: str, keep: timedelta) -> None:
-    """Delete one page per secondary of attempts that are folded and closed for longer than `keep`."""
-    await connection.execute(*PRUNE_ATTEMPTS.arguments(schema, {"keep": keep, "page_size": _PAGE}))
+async def prune_attempts(connection: asyncpg.Connection[Any], schema: str, keep: timedelta) -> bool:
+    """Delete, of a page per secondary, attempts that are folded and closed for longer than `keep`.
+
+    Return whether there may be more of them.
+    """
+    more: bool = await connection.fetchval(*PRUNE_ATTEMPTS.arguments(schema, {"keep": keep, "page_size": _PAGE}))
+    return more

@@ -24,6 +24,7 @@ from outbox.attempt import Attempt
 from outbox.claim import CLAIM, claim
 from outbox.lanes import Lanes, advance_floors
 from outbox.primary import Primary
+from outbox.prune import PRUNE_ATTEMPTS, PRUNE_EVENTS
 from outbox.resume import RESUME, resume
 from outbox.settle import settle
 from outbox.statement import Statement
@@ -389,6 +390,23 @@ async def test_a_claim_touches_as_much_of_a_deep_backlog_as_of_a_small_one(
             await admin.execute("update outbox_hold set next_attempt_at = now() + interval '1 hour'")
             touched.append(await pages_touched(connection, prepared, statement, **question(knowing())))
     assert touched[0] > 100
+    assert touched[1] <= 2 * touched[0], touched
+
+
+@pytest.mark.parametrize("statement", [PRUNE_EVENTS, PRUNE_ATTEMPTS], ids=["events", "attempts"])
+async def test_pruning_touches_as_much_of_many_that_stay_as_of_few(primary: AsyncEngine, statement: Statement) -> None:
+    """G5: with nothing old enough a round looks at one page; it comes every few seconds, however much there is."""
+    async with plain(primary) as admin, pinned(primary) as connection:
+        await leave_statistics_to_us(admin)
+        prepared, touched = Prepared(connection), []
+        for many in (FEW, MANY // 4 - FEW):
+            await fill(admin, many, attempts=many)
+            await admin.execute(
+                "update outbox_secondary set folded_through = (select max(attempt_id) from outbox_attempt)"
+            )
+            terms: dict[str, Any] = {"after": 0, "keep": timedelta(hours=1), "page_size": 1_000}
+            touched.append(await pages_touched(connection, prepared, statement, **terms))
+    assert touched[0] > 10
     assert touched[1] <= 2 * touched[0], touched
 
 

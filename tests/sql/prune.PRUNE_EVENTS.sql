@@ -1,10 +1,16 @@
-with page as materialized (
-    select event.event_id, cast(hashtextextended(event.tenant_id, 0) & 63 as smallint) as lane,
-           hashtextextended(event.tenant_id || '/' || event.resource_type || '/' || event.resource_id, 0) as key_hash
+with head as materialized (
+    select event.event_id, event.tenant_id, event.resource_type, event.resource_id,
+           event.created_at not between statement_timestamp() - cast($1 as interval)
+               and statement_timestamp() + cast($1 as interval) as old
     from "public".outbox as event
-    where event.event_id > $1 and event.created_at < statement_timestamp() - cast($2 as interval)
+    where event.event_id > $2
     order by event.event_id
     limit $3
+), page as materialized (
+    select event_id, cast(hashtextextended(tenant_id, 0) & 63 as smallint) as lane,
+           hashtextextended(tenant_id || '/' || resource_type || '/' || resource_id, 0) as key_hash
+    from head
+    where old
 ), secondary as materialized (
     select backend_id, folded_through from "public".outbox_secondary
 ), owed as materialized (
@@ -39,4 +45,4 @@ with page as materialized (
         array(select event_id from page where event_id not in (select event_id from owed))
     )
 )
-select max(event_id) from page
+select case when bool_and(old) then max(event_id) end from head
