@@ -15,7 +15,7 @@ from outbox.testing.binaries import describe_binaries, find_binaries
 from outbox.testing.checker import Report
 from outbox.testing.checks.verdict import Answer
 from outbox.testing.crash.ledger import enter, ran
-from outbox.testing.crash.numbers import NUMBERS, reached, short, table
+from outbox.testing.crash.numbers import NUMBERS, Numbers, reached, short, table
 from outbox.testing.crash.plan import FAULTS
 from outbox.testing.crash.run import run
 from outbox.testing.crash.terms import Terms
@@ -31,7 +31,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if unknown := set(faults) - set(FAULTS):
         sys.stderr.write(f"unknown faults: {', '.join(sorted(unknown))}; there are {', '.join(FAULTS)}\n")
         return 2
-    seconds = given.seconds or (NUMBERS[given.numbers].seconds if given.numbers else 60.0)
+    numbers = NUMBERS[given.numbers] if given.numbers else Numbers(60.0, {})
+    seconds = given.seconds or numbers.seconds
     with tempfile.TemporaryDirectory(prefix="outbox-crash-") as directory:
         history = given.history or Path(tempfile.gettempdir()) / f"outbox-crash-{given.seed}.jsonl"
         history.unlink(missing_ok=True)
@@ -42,7 +43,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             writers=given.writers,
             survivors=given.survivors,
             faults=faults,
-            asked=NUMBERS[given.numbers].within(seconds) if given.numbers else {},
+            asked=numbers.within(seconds),
+            often=numbers.often,
             history_file=str(history.absolute()),
             directory=directory,
         )

@@ -25,12 +25,12 @@ _INTRODUCTION = """\
 # Reliability
 
 What the crash lab has shown. Made from `reliability.jsonl`; `make soak` adds a run to both, and
-`python -m outbox.testing.crash --seed N` repeats one: the same seed strikes the same blows, and the operating system
-does the rest. With `--numbers ci`, or `soak`, it is asked for so many kills, crashes, cuts and events, goes on until it
-has them, for twice its time at most, and fails without. Every run ends with a history that is judged whole, by the same
-checks: nothing lost, delivered without a commit, altered, moved to another tenant, taken back, brought back, leased
-twice, started out of commit order, settled by who had lost it, waited for too early, or forgotten too soon; counts add
-up; in the end both sides are equal.
+`python -m outbox.testing.crash --seed N` with the same other arguments repeats one: the same seed strikes the same
+blows, and the operating system does the rest. With `--numbers ci`, or `soak`, it is asked for so many kills, crashes,
+cuts and events, goes on until it has them, for twice its time at most, and fails without. Every run ends with a history
+that is judged whole, by the same checks: nothing lost, delivered without a commit, altered, moved to another tenant,
+taken back, brought back, leased twice, started out of commit order, settled by who had lost it, waited for too early,
+or forgotten too soon; counts add up; in the end both sides are equal.
 
 """
 

@@ -33,6 +33,7 @@ class Terms(msgspec.Struct, frozen=True, kw_only=True):
     history_file: str
     directory: str
     asked: dict[str, int] = {}
+    often: dict[str, float] = {}
     survivors: int = 0
     dsn: str = ""
     hot_keys: int = 400
