@@ -5,8 +5,8 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import AsyncIterator, Sequence
-from contextlib import asynccontextmanager, suppress
+from collections.abc import Sequence
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 from uuid import UUID
 
@@ -15,8 +15,8 @@ from outbox.breaker import allowance, probe
 from outbox.claim import claim
 from outbox.dispatch import Dispatched
 from outbox.epoch import Vigil
+from outbox.floors import Floors
 from outbox.hands import Hands, Opened
-from outbox.lanes import Lanes, advance_floors
 from outbox.lease import expired
 from outbox.primary import PRIMARY_FAILED, Primary, code_of
 from outbox.prune import fold
@@ -35,8 +35,9 @@ __all__ = ["Carrier"]
 _log = logging.getLogger("outbox.relay")
 
 _SHORTEST_SLEEP = 0.002
-_LOOK_EVERYWHERE_EVERY = 60.0
-_RAISE_FLOORS_EVERY = 0.25
+_SLOW = 0.05
+# A statement that took too long says nothing about the primary's history.
+_CANCELED = "57014"
 # The claim that looks at holds costs a fixed millisecond more; between two of them held keys are passed by.
 _RESUME_EVERY = 0.02
 
@@ -52,15 +53,14 @@ class Carrier:
         self._primary = primary
         self._config = config
         self._relay_id = relay_id
-        self._lanes = Lanes()
+        self._floors = Floors(primary, config, registration.backend_id)
         self._vigil = Vigil(self.backend_id)
         self._bell = asyncio.Event()
         self._stopping = False
         self._alone = False
         self._alone_out = False
-        self._connected = 0
-        self._resume_at = self._floors_raised_at = self._say_looked_at = self._look_back_at = 0.0
-        self._look_everywhere_at = time.monotonic() + _LOOK_EVERYWHERE_EVERY
+        self._took = 0.0
+        self._resume_at = self._say_looked_at = self._look_back_at = 0.0
 
     async def run(self) -> None:
         """Carry until told to stop. A primary that fails is waited for; nothing is lost meanwhile."""
@@ -69,24 +69,39 @@ class Carrier:
             self.hands.raise_defect()
             self._bell.clear()
             try:
-                attempts = await self._claim(room) if (room := await self._worthwhile_room()) else []
+                attempts = await self._look()
             except PRIMARY_FAILED as error:
                 code = code_of(error)
                 extra = {"outbox_backend_id": self.backend_id, "outbox_error_code": code}
                 _log.warning("%s: claim failed (%s)", self.backend_id, code, extra=extra)
                 failures, self._say_looked_at = failures + 1, 0.0
-                self.doubt()
+                if code != _CANCELED:
+                    self.doubt()
                 await self._primary.recover(failures)
                 continue
             failures = 0
             for attempt in attempts or ():
                 self.hands.take(attempt)
-            await self._mind_floors(busy=bool(attempts))
+            await self._floors.mind(busy=bool(attempts))
             await self._mind_history()
+            if not attempts and self._took > _SLOW:
+                # To find nothing took long: whoever rings all the time must not keep it going all the time.
+                await asyncio.sleep(min(self._took, 1.0))
             if attempts or await self._rung(sleep):
                 sleep = _SHORTEST_SLEEP
             else:
                 sleep = min(sleep * 2, self._config.poll_interval.total_seconds())
+
+    async def _look(self) -> list[Opened] | None:
+        """Claim for the hands that are free, and remember how long that took."""
+        if not (room := await self._worthwhile_room()):
+            return []
+        started = time.monotonic()
+        try:
+            return await self._claim(room)
+        finally:
+            self._took = time.monotonic() - started
+            self._floors.took(self._took)
 
     async def run_once(self) -> int:
         """Carry one batch; return how many deliveries it held, 0 when nothing was due."""
@@ -95,7 +110,7 @@ class Carrier:
         while (attempts := await self._claim(1)) is None:
             await self._rung(_SHORTEST_SLEEP)
         carrying = [self.hands.take(attempt) for attempt in attempts]
-        await self._mind_floors(busy=bool(attempts))
+        await self._floors.mind(busy=bool(attempts))
         await self._mind_history()
         return sum([await each for each in carrying])
 
@@ -111,6 +126,7 @@ class Carrier:
         carrying = [self.hands.take(attempt) for attempt in attempts]
         if self._stopping:
             self.hands.give_up(self.hands.attempt_ids)
+        await self._floors.mind(busy=True)
         return sum([await each for each in carrying])
 
     def ring(self) -> None:
@@ -130,7 +146,7 @@ class Carrier:
     async def _claim(self, slots: int) -> list[Opened] | None:
         """Open attempts; an empty list says that nothing is due, None that it is worth looking again."""
         schema, backend_id = self._config.database_schema, self.backend_id
-        async with self._connection() as connection, connection.transaction():
+        async with self._floors.connection() as connection, connection.transaction():
             turn = await take_turn(connection, schema, backend_id)
             if turn is None:
                 return None
@@ -166,7 +182,7 @@ class Carrier:
     async def _seize(self, positions: Sequence[int]) -> list[Opened] | None:
         """Open an attempt of these events; an empty list says that none can be taken, None that it is not our turn."""
         schema, backend_id = self._config.database_schema, self.backend_id
-        async with self._connection() as connection, connection.transaction():
+        async with self._floors.connection() as connection, connection.transaction():
             turn = await take_turn(connection, schema, backend_id)
             if turn is None:
                 return None
@@ -182,7 +198,7 @@ class Carrier:
                 turn=turn,
                 event_ids=positions,
                 batch_size=self._config.batch_size,
-                floors=self._lanes.floors,
+                floors=self._floors.lanes.floors,
                 lease=self._config.lease,
             )
         return [] if attempt_id is None else [Opened(attempt_id, turn.log_order, held=False)]
@@ -190,37 +206,13 @@ class Carrier:
     def doubt(self) -> None:
         """Take nothing of what is known of the primary for granted: its history may have gone back."""
         self.hands.ahead.doubt()
-        self._lanes.look_everywhere()
+        self._floors.lanes.look_everywhere()
 
     def _withheld(self, turn: Turn) -> bool:
         if turn.beyond:
             # It is asked again once its registry row says that positions were moved past what it holds.
             self.hands.ahead.doubt()
         return turn.beyond or turn.status in ("paused", "removed")
-
-    @asynccontextmanager
-    async def _connection(self) -> AsyncIterator[asyncpg.Connection[Any]]:
-        """Lend a connection to whoever goes by the floors."""
-        async with self._primary.connection() as connection:
-            if self._connected != self._primary.connected:
-                # A primary that crashed meanwhile gives positions again that were drawn and never committed.
-                self._connected = self._primary.connected
-                self._lanes.look_everywhere()
-            yield connection
-
-    async def _mind_floors(self, *, busy: bool) -> None:
-        """Between two claims keep the next ones short: what was delivered is soon more than what is claimed."""
-        now = time.monotonic()
-        if now >= self._look_everywhere_at:
-            self._lanes.look_everywhere()
-            self._look_everywhere_at = now + _LOOK_EVERYWHERE_EVERY
-        every = _RAISE_FLOORS_EVERY if busy else self._config.prune_interval.total_seconds()
-        if now - self._floors_raised_at < every:
-            return
-        self._floors_raised_at = now
-        with suppress(*PRIMARY_FAILED):
-            async with self._connection() as connection:
-                await advance_floors(connection, self._config.database_schema, self.backend_id, self._lanes)
 
     async def _mind_history(self) -> None:
         """Look now and then whether the primary is still the one it was."""
@@ -249,7 +241,7 @@ class Carrier:
             "relay_id": self._relay_id,
             "turn": turn,
             "batch_size": room,
-            "lanes": self._lanes,
+            "lanes": self._floors.lanes,
             "lease": self._config.lease,
         }
         schema, now = self._config.database_schema, time.monotonic()

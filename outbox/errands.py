@@ -57,10 +57,12 @@ async def carry(manager: SyncManager) -> int:
 
 
 async def drain(manager: SyncManager) -> int:
-    """Run a relay until nothing is due; return 0."""
+    """Run a relay until nothing is due, and tidy up; return 0."""
     relay = manager.relay()
     async with _ready(manager, relay):
         carried = await relay.drain()
+        # Nobody else may ever do it, where there is no other relay.
+        await relay.tidy()
     _log.info("relay %s stopped: %d deliveries carried, nothing more is due", relay.relay_id, carried)
     return 0
 

@@ -5,39 +5,84 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
 
 from outbox.carrier import Carrier
 from outbox.primary import PRIMARY_FAILED, Primary, code_of
 from outbox.prune import prune_attempts, prune_discarded, prune_events, prune_reconciliations
 from outbox.settings import SyncConfig
 
-__all__ = ["keep_tidy", "tidy"]
+__all__ = ["Housekeeper"]
 
 _log = logging.getLogger("outbox.relay")
 
-
-async def keep_tidy(primary: Primary, config: SyncConfig, carriers: Sequence[Carrier]) -> None:
-    """Tidy every `prune_interval`, for ever; a primary that fails is asked again the next time."""
-    while True:
-        await asyncio.sleep(config.prune_interval.total_seconds())
-        try:
-            await tidy(primary, config, carriers)
-        except PRIMARY_FAILED as error:
-            _log.warning("housekeeping failed (%s)", code_of(error))
+# Of the time that events are kept: what was owed when it was passed by is kept by as much longer.
+_BEGIN_ANEW_SHARE = 1 / 6
 
 
-async def tidy(primary: Primary, config: SyncConfig, carriers: Sequence[Carrier]) -> None:
-    """Fold finished attempts into the totals, and prune for at most `prune_interval`."""
-    schema = config.database_schema
-    for carrier in carriers:
-        await carrier.tidy()
-    async with primary.connection() as connection:
-        await prune_discarded(connection, schema, config.keep_attempts)
-        await prune_reconciliations(connection, schema, config.keep_attempts)
-        deadline = time.monotonic() + config.prune_interval.total_seconds()
-        while await prune_attempts(connection, schema, config.keep_attempts) and time.monotonic() < deadline:
-            pass
-        after: int | None = 0
-        while after is not None and time.monotonic() < deadline:
-            after = await prune_events(connection, schema, config.keep_events, after)
+class Housekeeper:
+    """Keeps the tables of one relay's primary tidy.
+
+    Pruning goes on where it was. What it passed by is still owed, or was when it was passed: it is looked at again now
+    and then, because to begin anew each time is to walk through all of that, and through what was deleted since the
+    last vacuum.
+    """
+
+    def __init__(self, primary: Primary, config: SyncConfig, carriers: Sequence[Carrier]) -> None:
+        self._primary = primary
+        self._config = config
+        self._schema = config.database_schema
+        self._carriers = carriers
+        self._event = 0
+        self._attempts: dict[str, int] = {}
+        self._anew_every = _BEGIN_ANEW_SHARE * config.keep_events.total_seconds()
+        self._anew_at = time.monotonic() + self._anew_every
+        self._until = 0.0
+
+    async def keep_tidy(self) -> None:
+        """Tidy every `prune_interval`, for ever."""
+        while True:
+            await asyncio.sleep(self._config.prune_interval.total_seconds())
+            await self.tidy()
+
+    async def tidy(self) -> None:
+        """Fold finished attempts into the totals, and prune for at most `prune_interval`.
+
+        What the primary fails is tried again the next time, and keeps nothing else from being done.
+        """
+        self._until = time.monotonic() + self._config.prune_interval.total_seconds()
+        steps: list[Callable[[], Awaitable[None]]] = [carrier.tidy for carrier in self._carriers]
+        for step in (*steps, self._prune_attempts, self._prune_notes, self._prune_events):
+            try:
+                await step()
+            except PRIMARY_FAILED as error:
+                _log.warning("housekeeping failed (%s)", code_of(error))
+
+    async def _prune_attempts(self) -> None:
+        async with self._primary.connection() as connection:
+            more = True
+            while more:
+                walked = await prune_attempts(connection, self._schema, self._config.keep_attempts, self._attempts)
+                self._attempts |= {backend_id: each.through for backend_id, each in walked.items()}
+                more = any(each.more for each in walked.values()) and self._has_time()
+
+    async def _prune_notes(self) -> None:
+        async with self._primary.connection() as connection:
+            keep = self._config.keep_attempts
+            await prune_reconciliations(connection, self._schema, keep)
+            after = await prune_discarded(connection, self._schema, keep)
+            while after is not None and self._has_time():
+                after = await prune_discarded(connection, self._schema, keep, after)
+
+    async def _prune_events(self) -> None:
+        async with self._primary.connection() as connection:
+            more = True
+            while more:
+                walked = await prune_events(connection, self._schema, self._config.keep_events, self._event)
+                self._event, more = walked.through, walked.more and self._has_time()
+        if not walked.more and time.monotonic() >= self._anew_at:
+            self._event, self._attempts = 0, {}
+            self._anew_at = time.monotonic() + self._anew_every
+
+    def _has_time(self) -> bool:
+        return time.monotonic() < self._until

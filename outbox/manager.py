@@ -182,11 +182,14 @@ class SyncManager(Operator, Rebuilder):
             status = (await self.wait_for_sync(token, timeout=limit, backends=[backend_id]))[backend_id]
             enough = status.synced or status.state is SyncState.NOT_OWED
             return enough and await self._shadows.readable(backend_id)
-        until = time.monotonic() + limit.total_seconds()
+        asked = time.monotonic()
+        until = asked + limit.total_seconds()
         while (await self.backend_status(backend_id)).lag > limit:
-            if time.monotonic() >= until:
+            if (now := time.monotonic()) >= until:
                 return False
-            await asyncio.sleep(min(_BETWEEN_LOOKS, limit.total_seconds()))
+            # What costs more, because much is owed, is asked less often.
+            await asyncio.sleep(min(max(_BETWEEN_LOOKS, 10 * (now - asked)), until - now))
+            asked = time.monotonic()
         return await self._shadows.readable(backend_id)
 
     async def register(self) -> None:

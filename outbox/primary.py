@@ -68,6 +68,8 @@ class Primary:
         self._pool = await asyncpg.create_pool(
             min_size=0,
             max_size=self._config.relay_connections,
+            # With every new connection floors are forgotten.
+            max_queries=2**31,
             connect=self._connect,
             init=self.pin,
             reset=_nothing,

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from datetime import timedelta
+from collections.abc import Mapping
+from datetime import datetime, timedelta
 from typing import TYPE_CHECKING, Any
+
+import msgspec
 
 from outbox.statement import Statement
 from outbox.turn import take_turn
@@ -18,6 +21,7 @@ __all__ = [
     "PRUNE_DISCARDED",
     "PRUNE_EVENTS",
     "PRUNE_RECONCILIATIONS",
+    "Walked",
     "fold",
     "prune_attempts",
     "prune_discarded",
@@ -25,14 +29,29 @@ __all__ = [
     "prune_reconciliations",
 ]
 
-# Attempts are created under the registry row's lock, which the folder holds: none can appear below an open one.
+# Attempts are created under the registry row's lock, which the folder holds: none can appear below an open one. A step
+# at a time: what one attempt that stayed open for hours kept from being folded would be too much for one statement.
 FOLD = Statement("""
-with reach as (
-    select coalesce(
-        min(attempt.attempt_id) filter (where attempt.finished_at is null) - 1, max(attempt.attempt_id)
+with reach as materialized (
+    select least(
+        coalesce((
+            select attempt.attempt_id - 1 from {schema}.outbox_attempt as attempt
+            where attempt.backend_id = :backend_id and attempt.attempt_id > :folded_through
+              and attempt.finished_at is null
+            order by attempt.attempt_id
+            limit 1
+        ), (
+            select attempt.attempt_id from {schema}.outbox_attempt as attempt
+            where attempt.backend_id = :backend_id and attempt.attempt_id > :folded_through
+            order by attempt.attempt_id desc
+            limit 1
+        )), (
+            select attempt.attempt_id from {schema}.outbox_attempt as attempt
+            where attempt.backend_id = :backend_id and attempt.attempt_id > :folded_through
+            order by attempt.attempt_id
+            offset :most - 1 limit 1
+        )
     ) as attempt_id
-    from {schema}.outbox_attempt as attempt
-    where attempt.backend_id = :backend_id and attempt.attempt_id > :folded_through
 ), total as (
     select sum(attempt.applied) as applied, sum(attempt.stale) as stale, sum(attempt.superseded) as superseded,
            sum(attempt.retried) as retried, sum(attempt.rejected) as rejected, sum(attempt.released) as released,
@@ -77,8 +96,8 @@ where ctid = any (array(select row_id from stray where not owes_nothing))
 """)
 
 # One snapshot decides: a delivery is either waiting, in hand or held, and moves between them in one transaction.
-# The oldest come first, and one that is young ends the walk: to look for what is old among all that is kept took as
-# long as there was much of it. What is further from now than `keep` in either direction is of a clock that was wrong,
+# The oldest come first, and one that is young ends the walk: to look for what is old among all that is kept would take
+# ever longer. What is further from now than `keep` in either direction is of a clock that was wrong,
 # and keeps nobody.
 PRUNE_EVENTS = Statement("""
 with head as materialized (
@@ -115,12 +134,13 @@ with head as materialized (
           and attempt.finished_at is null
     ) as attempt
     union all
-    select page.event_id
-    from page cross join secondary
+    -- By key and not by event: what a key owes in log order may be long.
+    select hold.event_id
+    from (select distinct key_hash from page) as key cross join secondary
     cross join lateral (
-        select from {schema}.outbox_hold as hold
-        where hold.backend_id = secondary.backend_id and hold.key_hash = page.key_hash
-          and page.event_id = any (hold.event_ids)
+        select unnest(hold.event_ids) as event_id
+        from {schema}.outbox_hold as hold
+        where hold.backend_id = secondary.backend_id and hold.key_hash = key.key_hash
         offset 0
     ) as hold
 ), gone as (
@@ -128,40 +148,61 @@ with head as materialized (
         array(select event_id from page where event_id not in (select event_id from owed))
     )
 )
-select case when bool_and(old) then max(event_id) end from head
+select coalesce(min(event_id) filter (where not old) - 1, max(event_id)) as through,
+       coalesce(bool_and(old), false) and count(*) = :page_size as more
+from head
 """)
 
 # A note of what was given up is of use as long as somebody may ask about an event that it stands for: the newest may be
 # forgotten first, when an older one is still owed to another secondary. Any key's event in between keeps it, because to
 # find one is a step, and to find that none is the key's would be a walk.
 PRUNE_DISCARDED = Statement("""
-delete from {schema}.outbox_discarded as discarded
-where discarded.discarded_at < statement_timestamp() - cast(:keep as interval)
-  and not exists (
-      select from {schema}.outbox as event
-      where event.event_id between discarded.oldest_id and discarded.event_id
-      offset 0
-  )
+with page as materialized (
+    select discarded.ctid as row_id, discarded.discarded_at, discarded.oldest_id, discarded.event_id
+    from {schema}.outbox_discarded as discarded
+    where discarded.discarded_at > coalesce(cast(:after as timestamptz), timestamptz '-infinity')
+      and discarded.discarded_at < statement_timestamp() - cast(:keep as interval)
+    order by discarded.discarded_at
+    -- What was given up at once is looked at together, since the next page begins after its time.
+    fetch first (:page_size) rows with ties
+), gone as (
+    delete from {schema}.outbox_discarded where ctid = any (array(
+        select page.row_id from page where not exists (
+            select from {schema}.outbox as event
+            where event.event_id between page.oldest_id and page.event_id
+            offset 0
+        )
+    ))
+)
+select case when count(*) >= :page_size then max(discarded_at) end from page
 """)
 
 # In the order of their claims, which is nearly that of their ends.
 PRUNE_ATTEMPTS = Statement("""
 with head as materialized (
-    select secondary.backend_id, attempt.row_id,
+    select secondary.backend_id, attempt.row_id, attempt.attempt_id,
            attempt.finished_at not between statement_timestamp() - cast(:keep as interval)
                and statement_timestamp() + cast(:keep as interval) as old
     from {schema}.outbox_secondary as secondary
     cross join lateral (
-        select attempt.ctid as row_id, attempt.finished_at
+        select attempt.ctid as row_id, attempt.attempt_id, attempt.finished_at
         from {schema}.outbox_attempt as attempt
         where attempt.backend_id = secondary.backend_id and attempt.attempt_id <= secondary.folded_through
+          and attempt.attempt_id > coalesce((
+              select walked.through
+              from unnest(cast(:backend_ids as text[]), cast(:throughs as bigint[])) as walked (backend_id, through)
+              where walked.backend_id = secondary.backend_id
+          ), 0)
         order by attempt.attempt_id
         limit :page_size
     ) as attempt
 ), gone as (
     delete from {schema}.outbox_attempt where ctid = any (array(select row_id from head where old))
 )
-select exists (select from head group by backend_id having bool_and(old) and count(*) = :page_size)
+select backend_id, coalesce(min(attempt_id) filter (where not old) - 1, max(attempt_id)) as through,
+       bool_and(old) and count(*) = :page_size as more
+from head
+group by backend_id
 """)
 
 # What repaired something is kept for good, and so is the latest proof of each secondary.
@@ -176,6 +217,14 @@ where old.finished_at < statement_timestamp() - cast(:keep as interval) and old.
 """)
 
 _PAGE = 1_000
+_MOST_FOLDED = 20_000
+
+
+class Walked(msgspec.Struct, frozen=True):
+    """How far a walk has come: everything up to `through` was looked at and is old; `more` may be there beyond."""
+
+    through: int
+    more: bool
 
 
 async def fold(connection: asyncpg.Connection[Any], schema: str, backend_id: str) -> None:
@@ -183,14 +232,21 @@ async def fold(connection: asyncpg.Connection[Any], schema: str, backend_id: str
     async with connection.transaction():
         turn = await take_turn(connection, schema, backend_id)
         if turn is not None:
-            parameters = {"backend_id": backend_id, "folded_through": turn.folded_through}
+            parameters = {"backend_id": backend_id, "folded_through": turn.folded_through, "most": _MOST_FOLDED}
             await connection.execute(*MEND.arguments(schema, parameters))
             await connection.execute(*FOLD.arguments(schema, parameters))
 
 
-async def prune_discarded(connection: asyncpg.Connection[Any], schema: str, keep: timedelta) -> None:
-    """Delete notes that are older than `keep` and of whose events none is left."""
-    await connection.execute(*PRUNE_DISCARDED.arguments(schema, {"keep": keep}))
+async def prune_discarded(
+    connection: asyncpg.Connection[Any], schema: str, keep: timedelta, after: datetime | None = None
+) -> datetime | None:
+    """Of the next page of notes given after `after` delete those that are older than `keep` and stand for no event.
+
+    Return the last time looked at, to go on from, or None when there was less than a page.
+    """
+    parameters = {"keep": keep, "after": after, "page_size": _PAGE}
+    last: datetime | None = await connection.fetchval(*PRUNE_DISCARDED.arguments(schema, parameters))
+    return last
 
 
 async def prune_reconciliations(connection: asyncpg.Connection[Any], schema: str, keep: timedelta) -> None:
@@ -198,20 +254,23 @@ async def prune_reconciliations(connection: asyncpg.Connection[Any], schema: str
     await connection.execute(*PRUNE_RECONCILIATIONS.arguments(schema, {"keep": keep}))
 
 
-async def prune_events(connection: asyncpg.Connection[Any], schema: str, keep: timedelta, after: int) -> int | None:
-    """Of the next page of events above `after` delete those that are older than `keep` and owed to nobody.
-
-    Return the last position looked at, to go on from, or None when there is nothing left or what comes is younger.
-    """
+async def prune_events(connection: asyncpg.Connection[Any], schema: str, keep: timedelta, after: int) -> Walked:
+    """Of the next page of events above `after` delete those that are older than `keep` and owed to nobody."""
     parameters = {"after": after, "keep": keep, "page_size": _PAGE}
-    last: int | None = await connection.fetchval(*PRUNE_EVENTS.arguments(schema, parameters))
-    return last
+    row = await connection.fetchrow(*PRUNE_EVENTS.arguments(schema, parameters))
+    assert row is not None, "an aggregate has a row"
+    return Walked(after if row["through"] is None else row["through"], row["more"])
 
 
-async def prune_attempts(connection: asyncpg.Connection[Any], schema: str, keep: timedelta) -> bool:
-    """Delete, of a page per secondary, attempts that are folded and closed for longer than `keep`.
-
-    Return whether there may be more of them.
-    """
-    more: bool = await connection.fetchval(*PRUNE_ATTEMPTS.arguments(schema, {"keep": keep, "page_size": _PAGE}))
-    return more
+async def prune_attempts(
+    connection: asyncpg.Connection[Any], schema: str, keep: timedelta, throughs: Mapping[str, int]
+) -> dict[str, Walked]:
+    """Delete, of a page per secondary above its `throughs`, attempts folded and closed for longer than `keep`."""
+    parameters = {
+        "keep": keep,
+        "backend_ids": list(throughs),
+        "throughs": list(throughs.values()),
+        "page_size": _PAGE,
+    }
+    rows = await connection.fetch(*PRUNE_ATTEMPTS.arguments(schema, parameters))
+    return {row["backend_id"]: Walked(row["through"], row["more"]) for row in rows}

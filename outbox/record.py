@@ -24,15 +24,11 @@ if TYPE_CHECKING:
 __all__ = ["RECORD", "RECORD_ONE", "record", "refuse_autocommit"]
 
 # Whom the registry names, as the statement that records sees it.
-_OWED_TO = """array(
-               select secondary.backend_id
-               from {schema}.outbox_secondary as secondary
-               where secondary.status in ('shadow', 'live', 'paused')
-                 and (secondary.tenant_ids is null or [tenant_id] = any (secondary.tenant_ids))
-                 and (secondary.resource_types is null or [resource_type] = any (secondary.resource_types))
-                 and (cast(:backend_ids as text[]) is null
-                      or secondary.backend_id = any (cast(:backend_ids as text[])))
-           ) as owed_to"""
+_REGISTERED = """from {schema}.outbox_secondary as secondary
+    where secondary.status in ('shadow', 'live', 'paused')
+      and (cast(:backend_ids as text[]) is null or secondary.backend_id = any (cast(:backend_ids as text[])))"""
+_WANTS = """(secondary.tenant_ids is null or [tenant_id] = any (secondary.tenant_ids))
+      and (secondary.resource_types is null or [resource_type] = any (secondary.resource_types))"""
 
 _ANSWER = """
 select event_id, owed_to, cast(cast(transaction_id as text) as bigint) as transaction_id, stamp,
@@ -42,17 +38,21 @@ from event
 
 # The transaction gets its id before it draws a position: whoever reads the sequence and then the running
 # transactions has seen every writer that may still commit a lower position. Positions are drawn in the
-# order given, and rows are counted back without RETURNING, so an insert-only role can record.
+# order given, and rows are counted back without RETURNING, so an insert-only role can record. The registry is read once
+# and not for every row: its rows change every second, and where vacuum is held up it is long.
 RECORD = Statement(
     """
 with writer as materialized (
     select pg_current_xact_id() as transaction_id, [stamp] as stamp
+), secondary as materialized (
+    select secondary.backend_id, secondary.tenant_ids, secondary.resource_types
+    [registered]
 ), event as materialized (
     select nextval('{schema}.outbox_event_id_seq') as event_id,
            cast(hashtextextended(tenant_id, 0) & 63 as smallint) as lane,
            hashtextextended(tenant_id || '/' || resource_type || '/' || resource_id, 0) as key_hash,
            writer.transaction_id, writer.stamp, given.*,
-           [owed_to]
+           array(select secondary.backend_id from secondary where [wants]) as owed_to
     from writer cross join unnest(
         cast(:tenant_ids as text[]), cast(:resource_types as text[]), cast(:resource_ids as text[]),
         cast(:operations as text[]), cast(:versions as text[]), cast(:fhir_versions as text[]),
@@ -70,7 +70,8 @@ with writer as materialized (
     insert into {schema}.outbox_delivery (backend_id, lane, event_id, key_hash)
     select owed.backend_id, event.lane, event.event_id, event.key_hash
     from event cross join unnest(event.owed_to) as owed (backend_id)
-)""".replace("[owed_to]", _OWED_TO)
+)""".replace("[registered]", _REGISTERED)
+    .replace("[wants]", _WANTS)
     .replace("[tenant_id]", "given.tenant_id")
     .replace("[resource_type]", "given.resource_type")
     .replace("[stamp]", STAMP)
@@ -86,7 +87,11 @@ with event as materialized (
            cast(hashtextextended([tenant_id], 0) & 63 as smallint) as lane,
            hashtextextended([tenant_id] || '/' || [resource_type] || '/' || cast(:resource_id as text), 0) as key_hash,
            pg_current_xact_id() as transaction_id, [stamp] as stamp,
-           [owed_to]
+           array(
+    select secondary.backend_id
+    [registered]
+      and [wants]
+           ) as owed_to
 ), written as (
     insert into {schema}.outbox
         (event_id, tenant_id, resource_type, resource_id, operation, version, fhir_version, content, bulk_id, headers,
@@ -99,7 +104,8 @@ with event as materialized (
 ), owed as (
     insert into {schema}.outbox_delivery (backend_id, lane, event_id, key_hash)
     select unnest(owed_to), lane, event_id, key_hash from event
-)""".replace("[owed_to]", _OWED_TO)
+)""".replace("[registered]", _REGISTERED)
+    .replace("[wants]", _WANTS)
     .replace("[tenant_id]", "cast(:tenant_id as text)")
     .replace("[resource_type]", "cast(:resource_type as text)")
     .replace("[stamp]", STAMP)

@@ -19,7 +19,7 @@ from sqlalchemy.ext.asyncio import AsyncEngine
 from outbox.carrier import Carrier
 from outbox.errors import UnknownSecondary
 from outbox.health import Roll
-from outbox.housekeeping import keep_tidy
+from outbox.housekeeping import Housekeeper
 from outbox.lease import heartbeat
 from outbox.primary import PRIMARY_FAILED, Primary, code_of
 from outbox.proof import Proof
@@ -65,6 +65,7 @@ class Relay:
         self._carriers = {
             each.backend_id: Carrier(each, self._primary, config, policy, self.relay_id) for each in registrations
         }
+        self._housekeeper = Housekeeper(self._primary, config, list(self._carriers.values()))
         self._stop = asyncio.Event()
         self._hurry = asyncio.Event()
         self._users = 0
@@ -112,6 +113,11 @@ class Relay:
         async with self._opened():
             counts = await asyncio.gather(*(self._drain(carrier) for carrier in self._carriers.values()))
         return sum(counts)
+
+    async def tidy(self) -> None:
+        """Fold and prune once, as `run` does every `prune_interval`: for a relay that only drains now and then."""
+        async with self._opened():
+            await self._housekeeper.tidy()
 
     @asynccontextmanager
     async def lending_hands(self) -> AsyncIterator[None]:
@@ -262,7 +268,7 @@ class Relay:
 
     def _beside(self) -> list[Coroutine[Any, Any, None]]:
         """What goes on beside the carrying, for as long as that goes on."""
-        tidying = keep_tidy(self._primary, self._config, list(self._carriers.values()))
+        tidying = self._housekeeper.keep_tidy()
         return [tidying] if self._proof is None else [tidying, self._proof.run()]
 
     def _heard(self, _connection: Any, _process: int, _channel: str, schema: object) -> None:

@@ -18,6 +18,11 @@ __all__ = ["OWED", "Restraint"]
 # Of what we recorded, what is still to be done; a key that failed has gone to a hold and keeps nobody waiting. A relay
 # takes holds before fresh deliveries, so a secondary that is down holds up what it was sent and is sent no more.
 OWED = Statement("""
+with in_hand as materialized (
+    select unnest(attempt.event_ids) as event_id
+    from {schema}.outbox_attempt as attempt
+    where attempt.backend_id = :backend_id and attempt.finished_at is null
+)
 select secondary.status, secondary.tenant_ids, secondary.resource_types, array(
     select asked.event_id
     from unnest(cast(:event_ids as bigint[])) as asked (event_id)
@@ -30,12 +35,7 @@ select secondary.status, secondary.tenant_ids, secondary.resource_types, array(
         select from {schema}.outbox_delivery as delivery
         where delivery.backend_id = :backend_id and delivery.lane = event.lane and delivery.event_id = asked.event_id
         offset 0
-    ) or asked.event_id in (
-        select unnest(attempt.event_ids)
-        from {schema}.outbox_attempt as attempt
-        where attempt.backend_id = :backend_id and attempt.attempt_id > secondary.folded_through
-          and attempt.finished_at is null
-    )
+    ) or asked.event_id in (select event_id from in_hand)
 ) as owed
 from {schema}.outbox_secondary as secondary
 where secondary.backend_id = :backend_id

@@ -27,6 +27,7 @@ from outbox.cli import main
 from outbox.config import manager_from_config
 from outbox.secondaries.base import Outcome
 from outbox.secondaries.memory import MemorySecondary
+from tests.relaying import value
 from tests.waiting import eventually
 
 PASSWORD = "sesame-9f3"
@@ -377,6 +378,8 @@ class TestRelay:
         assert done.status == 0, done.errors
         assert "250 deliveries carried" in done.errors
         assert len(held(app / "copy.db")) == 250
+        # Where there is no other relay nobody else tidies up.
+        assert await value(primary, "select applied from outbox_secondary") == 250
 
 
 class TestReconcile:

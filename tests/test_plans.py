@@ -24,7 +24,7 @@ from outbox.attempt import Attempt
 from outbox.claim import CLAIM, claim
 from outbox.lanes import Lanes, advance_floors
 from outbox.primary import Primary
-from outbox.prune import PRUNE_ATTEMPTS, PRUNE_EVENTS
+from outbox.prune import FOLD, PRUNE_ATTEMPTS, PRUNE_EVENTS
 from outbox.resume import RESUME, resume
 from outbox.settle import settle
 from outbox.statement import Statement
@@ -77,6 +77,10 @@ select 'search', tenant_id, resource_type, resource_id,
        hashtextextended(tenant_id || '/' || resource_type || '/' || resource_id, 0),
        array[event_id], event_id, created_at, 'retrying', 1, now()
 from event
+"""
+OPEN = """
+insert into outbox_attempt (backend_id, relay_id, event_ids, key_hashes, lease_until)
+values ('search', gen_random_uuid(), '{1}', '{1}', now() + interval '1 day')
 """
 HISTORY = """
 insert into outbox_attempt (backend_id, relay_id, event_ids, key_hashes, lease_until, finished_at)
@@ -404,8 +408,22 @@ async def test_pruning_touches_as_much_of_many_that_stay_as_of_few(primary: Asyn
             await admin.execute(
                 "update outbox_secondary set folded_through = (select max(attempt_id) from outbox_attempt)"
             )
-            terms: dict[str, Any] = {"after": 0, "keep": timedelta(hours=1), "page_size": 1_000}
+            terms = {"after": 0, "keep": timedelta(hours=1), "page_size": 1_000, "backend_ids": [], "throughs": []}
             touched.append(await pages_touched(connection, prepared, statement, **terms))
+    assert touched[0] > 10
+    assert touched[1] <= 2 * touched[0], touched
+
+
+async def test_a_fold_touches_as_much_above_an_attempt_that_stays_open_as_without(primary: AsyncEngine) -> None:
+    """It comes every few seconds and has the turn meanwhile; what stays open may do so for hours."""
+    async with plain(primary) as admin, pinned(primary) as connection:
+        await leave_statistics_to_us(admin)
+        prepared, touched = Prepared(connection), []
+        await admin.execute(OPEN)
+        for many in (FEW, MANY // 4 - FEW):
+            await fill(admin, 0, attempts=many)
+            terms: dict[str, Any] = {"backend_id": "search", "folded_through": 0, "most": 1_000}
+            touched.append(await pages_touched(connection, prepared, FOLD, **terms))
     assert touched[0] > 10
     assert touched[1] <= 2 * touched[0], touched
 

@@ -166,10 +166,10 @@ async def test_a_relay_s_floors_follow_what_it_delivered_and_a_look_below_them_i
         for _ in range(3):
             await write(manager, *(change(str(number)) for number in range(50)))
             highest = await value(primary, "select max(event_id) from outbox")
-            await eventually(lambda least=highest: min(carrier._lanes.floors) >= least)
-        lanes, looked = carrier._lanes, []
+            await eventually(lambda least=highest: min(carrier._floors.lanes.floors) >= least)
+        lanes, looked = carrier._floors.lanes, []
         shares = lanes.shares
         lanes.shares = lambda size: looked.append(min(lanes.floors)) or shares(size)  # type: ignore[method-assign,func-returns-value]
-        carrier._look_everywhere_at = 0.0
+        carrier._floors._look_everywhere_at = 0.0
         await eventually(lambda: 0 in looked)
         await eventually(lambda: min(lanes.floors) >= highest)

@@ -28,7 +28,7 @@ async def record_each(engine: AsyncEngine, *names: str) -> list[int]:
 
 async def look(carrier: Carrier) -> int:
     """Carry what is due, then raise the floors if it is time to; here it always is."""
-    carrier._floors_raised_at = 0.0
+    carrier._floors._raised_at = 0.0
     return await carrier.run_once()
 
 
@@ -46,8 +46,8 @@ async def test_positions_that_are_given_again_after_a_crash_are_not_passed_by() 
             await writer.execute("checkpoint")
             await writer.transaction().start()
             lost = (await record(writer, [change(f"lost{number}") for number in range(20)])).positions
-            carrier._floors_raised_at = 0.0
-            await carrier._mind_floors(busy=True)
+            carrier._floors._raised_at = 0.0
+            await carrier._floors.mind(busy=True)
             server.crash()
         server.start()
         await engine.dispose()

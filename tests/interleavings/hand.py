@@ -210,7 +210,7 @@ class Pruner:
         await fold(self.connection, "public", MIRROR)
 
     async def attempts(self) -> None:
-        await prune_attempts(self.connection, "public", timedelta(0))
+        await prune_attempts(self.connection, "public", timedelta(0), {})
 
     async def end(self) -> None:
         await self._transaction.commit()

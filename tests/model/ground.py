@@ -212,8 +212,8 @@ class Ground:
         for each in opened:
             carrier.hands._in_hand[each.attempt_id] = _InHand()
         # Floors follow every claim, as close as they may.
-        carrier._floors_raised_at = 0.0
-        await carrier._mind_floors(busy=True)
+        carrier._floors._raised_at = 0.0
+        await carrier._floors.mind(busy=True)
         return [InHand(carrier, each) for each in opened]
 
     async def waiting(self) -> set[tuple[str, int]]:

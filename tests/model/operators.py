@@ -15,7 +15,7 @@ from hypothesis.stateful import precondition, rule
 from outbox import SyncToken
 from outbox.backfill import BackfillProgress
 from outbox.errors import StillOwed, UnknownSecondary
-from outbox.housekeeping import tidy
+from outbox.housekeeping import Housekeeper
 from outbox.operate import Which
 from tests.comparing import said
 from tests.model.ground import FORGETFUL
@@ -88,7 +88,7 @@ class Operators(World):
     def tidy(self) -> None:
         """Fold attempts into the totals, and forget all that may be forgotten."""
         carriers = [carrier for (_, relay), carrier in self.carriers.items() if relay == "large"]
-        self.run(tidy(self.ground.primary, FORGETFUL, carriers))
+        self.run(Housekeeper(self.ground.primary, FORGETFUL, carriers).tidy())
         before = len(self.model.kept)
         self.model.prune()
         self.tally["pruned"] += before - len(self.model.kept)

@@ -1,9 +1,23 @@
-with reach as (
-    select coalesce(
-        min(attempt.attempt_id) filter (where attempt.finished_at is null) - 1, max(attempt.attempt_id)
+with reach as materialized (
+    select least(
+        coalesce((
+            select attempt.attempt_id - 1 from "public".outbox_attempt as attempt
+            where attempt.backend_id = $1 and attempt.attempt_id > $2
+              and attempt.finished_at is null
+            order by attempt.attempt_id
+            limit 1
+        ), (
+            select attempt.attempt_id from "public".outbox_attempt as attempt
+            where attempt.backend_id = $1 and attempt.attempt_id > $2
+            order by attempt.attempt_id desc
+            limit 1
+        )), (
+            select attempt.attempt_id from "public".outbox_attempt as attempt
+            where attempt.backend_id = $1 and attempt.attempt_id > $2
+            order by attempt.attempt_id
+            offset $3 - 1 limit 1
+        )
     ) as attempt_id
-    from "public".outbox_attempt as attempt
-    where attempt.backend_id = $1 and attempt.attempt_id > $2
 ), total as (
     select sum(attempt.applied) as applied, sum(attempt.stale) as stale, sum(attempt.superseded) as superseded,
            sum(attempt.retried) as retried, sum(attempt.rejected) as rejected, sum(attempt.released) as released,

@@ -32,12 +32,13 @@ with head as materialized (
           and attempt.finished_at is null
     ) as attempt
     union all
-    select page.event_id
-    from page cross join secondary
+    -- By key and not by event: what a key owes in log order may be long.
+    select hold.event_id
+    from (select distinct key_hash from page) as key cross join secondary
     cross join lateral (
-        select from "public".outbox_hold as hold
-        where hold.backend_id = secondary.backend_id and hold.key_hash = page.key_hash
-          and page.event_id = any (hold.event_ids)
+        select unnest(hold.event_ids) as event_id
+        from "public".outbox_hold as hold
+        where hold.backend_id = secondary.backend_id and hold.key_hash = key.key_hash
         offset 0
     ) as hold
 ), gone as (
@@ -45,4 +46,6 @@ with head as materialized (
         array(select event_id from page where event_id not in (select event_id from owed))
     )
 )
-select case when bool_and(old) then max(event_id) end from head
+select coalesce(min(event_id) filter (where not old) - 1, max(event_id)) as through,
+       coalesce(bool_and(old), false) and count(*) = $3 as more
+from head

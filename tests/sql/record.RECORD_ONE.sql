@@ -4,13 +4,12 @@ with event as materialized (
            hashtextextended(cast($1 as text) || '/' || cast($2 as text) || '/' || cast($3 as text), 0) as key_hash,
            pg_current_xact_id() as transaction_id, cast(extract(epoch from transaction_timestamp()) * 1000000 as bigint) as stamp,
            array(
-               select secondary.backend_id
-               from "public".outbox_secondary as secondary
-               where secondary.status in ('shadow', 'live', 'paused')
-                 and (secondary.tenant_ids is null or cast($1 as text) = any (secondary.tenant_ids))
-                 and (secondary.resource_types is null or cast($2 as text) = any (secondary.resource_types))
-                 and (cast($4 as text[]) is null
-                      or secondary.backend_id = any (cast($4 as text[])))
+    select secondary.backend_id
+    from "public".outbox_secondary as secondary
+    where secondary.status in ('shadow', 'live', 'paused')
+      and (cast($4 as text[]) is null or secondary.backend_id = any (cast($4 as text[])))
+      and (secondary.tenant_ids is null or cast($1 as text) = any (secondary.tenant_ids))
+      and (secondary.resource_types is null or cast($2 as text) = any (secondary.resource_types))
            ) as owed_to
 ), written as (
     insert into "public".outbox
