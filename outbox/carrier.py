@@ -35,6 +35,7 @@ __all__ = ["Carrier"]
 _log = logging.getLogger("outbox.relay")
 
 _SHORTEST_SLEEP = 0.002
+_LONGEST_PATIENCE = 0.02
 _SLOW = 0.05
 # A statement that took too long says nothing about the primary's history.
 _CANCELED = "57014"
@@ -267,8 +268,12 @@ class Carrier:
         self.hands.strained = turn.breaker != "closed" or turn.breaker_failures > 0 or turn.breaker_ramp is not None
 
     async def _worthwhile_room(self) -> int:
-        """Wait a moment for half of the slots to be free: claims share their fixed cost among the slots they fill."""
-        enough, deadline = self._config.attempts_in_flight // 2, time.monotonic() + _SHORTEST_SLEEP
+        """Wait for half of the slots to be free: claims share their fixed cost among the slots they fill.
+
+        For as long as the last claim took, at most: it cannot cost more than it saves.
+        """
+        patience = min(max(self._took, _SHORTEST_SLEEP), _LONGEST_PATIENCE)
+        enough, deadline = self._config.attempts_in_flight // 2, time.monotonic() + patience
         while 0 < self._room() < enough and (left := deadline - time.monotonic()) > 0:
             await self._rung(left)
             self._bell.clear()

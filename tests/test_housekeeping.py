@@ -29,7 +29,8 @@ NOTES = "select count(*) from outbox_discarded"
 GIVEN_UP = """
 insert into outbox_discarded (backend_id, key_hash, event_id, oldest_id, tenant_id, resource_type, resource_id, events,
                               attempts, reason, discarded_at)
-select 'search', n, 1000 + n, 1000 + n, 't', 'Thing', n::text, 1, 1, 'no use', now() - interval '8 days' - n / 3 * interval '1 s'
+select 'search', n, 1000 + n, 1000 + n, 't', 'Thing', n::text, 1, 1, 'no use',
+       now() - interval '8 days' - n / 3 * interval '1 s'
 from generate_series(1, 20) as n
 """
 
