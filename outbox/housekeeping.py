@@ -69,7 +69,8 @@ class Housekeeper:
     async def _prune_notes(self) -> None:
         async with self._primary.connection() as connection:
             keep = self._config.keep_attempts
-            await prune_reconciliations(connection, self._schema, keep)
+            if time.monotonic() >= self._anew_at:
+                await prune_reconciliations(connection, self._schema, keep)
             after = await prune_discarded(connection, self._schema, keep)
             while after is not None and self._has_time():
                 after = await prune_discarded(connection, self._schema, keep, after)

@@ -146,13 +146,15 @@ class Roster(Prover):
         through = await self._scalar(HIGHEST)
         sleep, tell_at = _SHORTEST_SLEEP, time.monotonic() + _TELL_EVERY
         while True:
+            asked = time.monotonic()
             left = await self._owed(backend_id, through)
             if not left.coming:
                 return int(left.dead)
             if time.monotonic() >= tell_at:
                 tell(f"{left.coming:,} deliveries to {backend_id} to go")
                 tell_at = time.monotonic() + _TELL_EVERY
-            await asyncio.sleep(sleep)
+            # It counts all that is owed: what costs more is asked less often.
+            await asyncio.sleep(max(sleep, 10 * (time.monotonic() - asked)))
             sleep = min(sleep * 2, _LONGEST_SLEEP)
 
     async def remove(

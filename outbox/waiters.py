@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
+from collections import OrderedDict
 from contextlib import suppress
 from datetime import timedelta
 from itertools import islice
@@ -59,7 +60,8 @@ class _Waiter:
         self._coming = (
             ((backend_id, position, each.stamp), each.transaction_id) for each in owed for position in each.positions
         )
-        self._undone: dict[Asked, int] = {}
+        # A plain dict would walk past all that was taken from its front.
+        self._undone: OrderedDict[Asked, int] = OrderedDict()
         self._page: dict[Asked, int] = {}
         self._turn_page()
         # Transactions to ask about before the next look, and what was said of those asked about before.
@@ -83,8 +85,8 @@ class _Waiter:
         """Go on to what was not looked at yet, then to what was not done."""
         self._page = dict(islice(self._coming, _PAGE))
         while len(self._page) < _PAGE and self._undone:
-            asked = next(iter(self._undone))
-            self._page[asked] = self._undone.pop(asked)
+            asked, owed = self._undone.popitem(last=False)
+            self._page[asked] = owed
 
     def learn(self, found: dict[Asked, Found], fates: dict[int, SyncState]) -> None:
         """Take in a look at `page`; `fates` are those of transactions that were asked about before it."""
