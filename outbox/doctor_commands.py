@@ -62,14 +62,12 @@ def doctor(
 
 
 async def _examine(manager: SyncManager, *, repair: bool) -> tuple[Moved | None, list[Finding]]:
-    try:
-        if not repair:
-            return None, await manager.diagnose()
-        async with reached(manager.engine):
-            return await manager.move_past(), await manager.diagnose()
-    finally:
-        await manager.aclose()
-        await manager.engine.dispose()
+    async with reached(manager.engine):
+        try:
+            moved = await manager.move_past() if repair else None
+            return moved, await manager.diagnose()
+        finally:
+            await manager.aclose()
 
 
 def _finding_table(findings: Sequence[Finding]) -> Table:

@@ -16,7 +16,7 @@ from outbox.errors import UnknownSecondary
 from outbox.manager import SyncManager
 from outbox.migrate import check_schema, migrate
 from outbox.operate import Which
-from outbox.reach import Tables, Unreached, place_of, reached
+from outbox.reach import Tables, Unreached, place_of, reached, using
 from outbox.reconciliation import ReconciliationResult, Terms
 from outbox.relay import Relay
 from outbox.status import BackendSyncStatus, Failure, failures, statuses
@@ -110,16 +110,12 @@ async def reconcile(
 ) -> ReconciliationResult:
     """Compare; with `repair`, record what restores. Raises `Unreached` when there is nothing to compare."""
     _check_tracked(manager, resource_type)
-    try:
-        async with reached(manager.engine):
-            await check_schema(manager.engine, manager.config.database_schema)
-            # Repairs are owed to who is in the registry, so a name it does not have must not pass for repaired.
-            await manager.backend_status(backend)
-            return await manager.reconcile(
-                backend, tenant_id=tenant, resource_type=resource_type, repair=repair, **asdict(terms)
-            )
-    finally:
-        await manager.aclose()
+    async with using(manager):
+        # Repairs are owed to who is in the registry, so a name it does not have must not pass for repaired.
+        await manager.backend_status(backend)
+        return await manager.reconcile(
+            backend, tenant_id=tenant, resource_type=resource_type, repair=repair, **asdict(terms)
+        )
 
 
 async def backfill(
@@ -127,12 +123,8 @@ async def backfill(
 ) -> BackfillProgress:
     """Fill a secondary on the terms of `SyncManager.backfill`. Raises `Unreached` when no class is tracked."""
     _check_tracked(manager, resource_type)
-    try:
-        async with reached(manager.engine):
-            await check_schema(manager.engine, manager.config.database_schema)
-            return await manager.backfill(backend, tenant_id=tenant, resource_type=resource_type, **terms)
-    finally:
-        await manager.aclose()
+    async with using(manager):
+        return await manager.backfill(backend, tenant_id=tenant, resource_type=resource_type, **terms)
 
 
 def _check_tracked(manager: SyncManager, resource_type: str | None) -> None:
@@ -165,13 +157,9 @@ async def _ready(manager: SyncManager, relay: Relay) -> AsyncIterator[None]:
     names = [each.backend_id for each in manager.registrations]
     if not names:
         raise Unreached("this manager has no secondaries, so a relay would have nothing to carry")
-    try:
-        async with reached(manager.engine):
-            await check_schema(manager.engine, manager.config.database_schema)
-            _log.info("relay %s carries from %s to %s", relay.relay_id, place_of(manager.engine), ", ".join(names))
-            yield
-    finally:
-        await manager.aclose()
+    async with using(manager):
+        _log.info("relay %s carries from %s to %s", relay.relay_id, place_of(manager.engine), ", ".join(names))
+        yield
 
 
 async def _revision(tables: Tables) -> str | None:

@@ -98,6 +98,8 @@ class Follower:
         """Let what is in hand finish, or hand it back."""
         await self._ready.aclose()
         await asyncio.gather(*self._pushing, return_exceptions=True)
+        # What a push opened meanwhile.
+        await self._ready.aclose()
         self._relay = None
 
     async def _one(self, backend_id: str, token: SyncToken, waited_for: bool, timeout: timedelta) -> SyncStatus:

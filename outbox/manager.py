@@ -248,6 +248,7 @@ class SyncManager(Operator, Rebuilder):
     async def aclose(self) -> None:
         """Close the secondaries, once what is in hand is done or handed back; the engine stays the caller's."""
         await self._follower.aclose()
+        await self._waiters.aclose()
         await self._doorbell.aclose()
         for each in self.registrations:
             if isinstance(each.secondary, Closeable):

@@ -16,11 +16,12 @@ from sqlalchemy.ext.asyncio import AsyncEngine
 from outbox.config import engine_on, manager_from_config
 from outbox.errors import OutboxError
 from outbox.manager import SyncManager
+from outbox.migrate import check_schema
 from outbox.primary import PRIMARY_FAILED
 from outbox.settings import SyncConfig
 from outbox.statement import check_identifier
 
-__all__ = ["Tables", "Unreached", "manager_of", "place_of", "reached", "tables_of"]
+__all__ = ["Tables", "Unreached", "manager_of", "place_of", "reached", "tables_of", "using"]
 
 _REFUSALS = {
     "28000": "refuses this account: check its user and its pg_hba.conf",
@@ -93,6 +94,18 @@ async def reached(engine: AsyncEngine) -> AsyncIterator[None]:
         raise Unreached(f"PostgreSQL at {place_of(engine)} {_problem(error)}") from error
     finally:
         await engine.dispose()
+
+
+@asynccontextmanager
+async def using(manager: SyncManager) -> AsyncIterator[None]:
+    """The same for a manager whose tables are there. Raises `SchemaMissing` when they are not."""
+    async with reached(manager.engine):
+        try:
+            await check_schema(manager.engine, manager.config.database_schema)
+            yield
+        finally:
+            # First: what still rings or pushes would put its connection into a pool that nobody empties again.
+            await manager.aclose()
 
 
 def _problem(error: BaseException) -> str:

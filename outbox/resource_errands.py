@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
 from datetime import timedelta
 from pathlib import Path
 
 from outbox.find import Asked
 from outbox.forget import Evidence
 from outbox.manager import SyncManager
-from outbox.migrate import check_schema
-from outbox.reach import Unreached, manager_of, reached, tables_of
+from outbox.reach import Unreached, manager_of, tables_of, using
 from outbox.story import Story
 
 __all__ = ["forget", "manager_for", "resource_of", "why"]
@@ -35,7 +32,7 @@ def manager_for(app: str | None, config: Path | None, dsn: str | None, schema: s
 
 async def why(manager: SyncManager, asked: Asked) -> Story:
     """Tell the story of a resource. Raises `SchemaMissing`."""
-    async with _ready(manager):
+    async with using(manager):
         return await manager.why(asked.resource_type, asked.resource_id, asked.tenant_id)
 
 
@@ -43,17 +40,7 @@ async def forget(
     manager: SyncManager, asked: Asked, reason: str | None, timeout: timedelta, *, dry_run: bool
 ) -> Evidence:
     """Erase a resource, or only look what there is. Raises `SchemaMissing` and `NotForgotten`."""
-    async with _ready(manager):
+    async with using(manager):
         return await manager.forget(
             asked.resource_type, asked.resource_id, asked.tenant_id, reason=reason, dry_run=dry_run, timeout=timeout
         )
-
-
-@asynccontextmanager
-async def _ready(manager: SyncManager) -> AsyncIterator[None]:
-    try:
-        async with reached(manager.engine):
-            await check_schema(manager.engine, manager.config.database_schema)
-            yield
-    finally:
-        await manager.aclose()

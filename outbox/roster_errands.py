@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
 from pathlib import Path
 
 from outbox.manager import SyncManager
-from outbox.migrate import check_schema
-from outbox.reach import manager_of, reached, tables_of
+from outbox.reach import manager_of, tables_of, using
 from outbox.retire import Removal
 from outbox.roster import Addition, Tell
 
@@ -25,25 +22,25 @@ def manager_for(app: str | None, config: Path | None, dsn: str | None, schema: s
 
 async def add(manager: SyncManager, backend: str, tell: Tell) -> Addition:
     """Bring a secondary to equal the primary and make it live. Raises `SchemaMissing` and what `add` raises."""
-    async with _ready(manager):
+    async with using(manager):
         return await manager.add(backend, tell=tell)
 
 
 async def rebuild(manager: SyncManager, backend: str, tell: Tell) -> Addition:
     """Fill a secondary anew beside what it holds, and switch. Raises `SchemaMissing` and what `rebuild` raises."""
-    async with _ready(manager):
+    async with using(manager):
         return await manager.rebuild(backend, tell=tell)
 
 
 async def promote(manager: SyncManager, backend: str) -> None:
     """Make a shadow live. Raises `SchemaMissing` and `UnknownSecondary`."""
-    async with _ready(manager):
+    async with using(manager):
         await manager.promote(backend)
 
 
 async def drain(manager: SyncManager, backend: str, tell: Tell, *, wait: bool) -> int:
     """Let nothing new be owed to a secondary and wait for the rest; return how many keys are dead."""
-    async with _ready(manager):
+    async with using(manager):
         await manager.drain(backend)
         tell(f"{backend} is draining: nothing new is owed to it, and relays carry the rest")
         return await manager.drained(backend, tell=tell) if wait else 0
@@ -51,17 +48,7 @@ async def drain(manager: SyncManager, backend: str, tell: Tell, *, wait: bool) -
 
 async def remove(manager: SyncManager, backend: str, reason: str | None, *, discard: bool, dry_run: bool) -> Removal:
     """Remove a secondary, or tell what it is owed. Raises `SchemaMissing`, `StillOwed` and `UnknownSecondary`."""
-    async with _ready(manager):
+    async with using(manager):
         if reason is None:
             return await manager.remove(backend, discard=discard, dry_run=dry_run)
         return await manager.remove(backend, discard=discard, reason=reason, dry_run=dry_run)
-
-
-@asynccontextmanager
-async def _ready(manager: SyncManager) -> AsyncIterator[None]:
-    try:
-        async with reached(manager.engine):
-            await check_schema(manager.engine, manager.config.database_schema)
-            yield
-    finally:
-        await manager.aclose()

@@ -25,6 +25,7 @@ _PAGE = 500
 _SHORTEST_SLEEP, _LONGEST_SLEEP = 0.002, 0.2
 # A caller is looked after again when this share more of its wait is over.
 _PATIENCE = 0.1
+_LAST_LOOK = 1.0
 _AFTER_FAILURE = 0.1
 # Whoever is due as soon as this is asked about in the same question.
 _TOGETHER = 0.005
@@ -166,6 +167,13 @@ class Waiters:
         finally:
             self._waiting.discard(waiter)
         return waiter.status(timed_out=bool(timeout))
+
+    async def aclose(self) -> None:
+        """Let a look that nobody waits for any more come to its end, and with it its connection."""
+        looking = self._looking
+        if looking is not None and not self._waiting and looking.get_loop() is asyncio.get_running_loop():
+            self._bell.set()
+            await asyncio.wait({looking}, timeout=_LAST_LOOK)
 
     def look_now(self, backend_id: str) -> None:
         """Ask at once for those who wait on this secondary: something was settled in this process."""

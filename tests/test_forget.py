@@ -51,7 +51,7 @@ async def engine(primary: AsyncEngine) -> AsyncEngine:
 
 
 @pytest.fixture(autouse=True)
-async def made() -> AsyncIterator[None]:
+async def made(primary: AsyncEngine) -> AsyncIterator[None]:
     """Close every manager that a test made: a caller who waits opens a relay of its own."""
     MADE.clear()
     yield

@@ -50,7 +50,7 @@ def _made(request: pytest.FixtureRequest, directory: Path) -> Secondary:
 
 
 @pytest.fixture(autouse=True)
-async def made() -> AsyncIterator[None]:
+async def made(primary: AsyncEngine) -> AsyncIterator[None]:
     """Close every manager that a test made: a caller who waits opens a relay of its own."""
     MADE.clear()
     yield
