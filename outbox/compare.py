@@ -10,9 +10,8 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Sequence
-from contextlib import aclosing
 
-from outbox.listing import PrimaryRow
+from outbox.listing import PrimaryRow, closed
 from outbox.secondaries.base import Refreshable, ResourceDigest, Secondary, Summable, Summary
 from outbox.source import Source
 
@@ -58,8 +57,9 @@ class Comparison:
             steps = self._by_ranges(self._secondary, after)
         else:
             steps = self._by_pages(self._secondary, after)
-        async for step in steps:
-            yield step
+        async with closed(steps) as walking:
+            async for step in walking:
+                yield step
 
     async def _by_ranges(self, secondary: Summable, after: str | None) -> AsyncIterator[tuple[str, bool]]:
         dense = False
@@ -70,9 +70,10 @@ class Comparison:
             else:
                 steps = self._narrowed(secondary, after, through)
             found = 0
-            async for name, differs in steps:
-                found += differs
-                yield name, differs
+            async with closed(steps) as walking:
+                async for name, differs in walking:
+                    found += differs
+                    yield name, differs
             if through is None:
                 return
             yield through, False
@@ -87,12 +88,14 @@ class Comparison:
         if ours == theirs:
             self._count(ours)
         elif ours.count <= _LEAF or theirs.count == 0:
-            async for step in self._merged(self._ours(after, through), after, through):
-                yield step
+            async with closed(self._merged(self._ours(after, through), after, through)) as steps:
+                async for step in steps:
+                    yield step
         else:
             async for low, high in self._parts(after, through, -(-ours.count // _PARTS)):
-                async for step in self._narrowed(secondary, low, high):
-                    yield step
+                async with closed(self._narrowed(secondary, low, high)) as steps:
+                    async for step in steps:
+                        yield step
 
     async def _summaries(self, secondary: Summable, after: str | None, through: str | None) -> tuple[Summary, Summary]:
         """Sum up a range on both sides at once; if the secondary cannot, nothing of the primary's goes on."""
@@ -117,16 +120,19 @@ class Comparison:
             low = high
 
     async def _by_pages(self, secondary: Summable, after: str | None) -> AsyncIterator[tuple[str, bool]]:
-        async for page in self._source.pages(*self._key, after):
-            through = page[-1].resource_id
-            async for step in self._page(secondary, page, after, through):
-                yield step
-            yield through, False
-            after = through
-            await self._pause()
+        async with closed(self._source.pages(*self._key, after)) as pages:
+            async for page in pages:
+                through = page[-1].resource_id
+                async with closed(self._page(secondary, page, after, through)) as steps:
+                    async for step in steps:
+                        yield step
+                yield through, False
+                after = through
+                await self._pause()
         # Whatever the secondary holds above the primary's last.
-        async for step in self._page(secondary, [], after, None):
-            yield step
+        async with closed(self._page(secondary, [], after, None)) as steps:
+            async for step in steps:
+                yield step
 
     async def _page(
         self, secondary: Summable, page: list[PrimaryRow], after: str | None, through: str | None
@@ -136,14 +142,15 @@ class Comparison:
         if ours == await secondary.summarise(*self._key, after, through):
             self._count(ours)
             return
-        async for step in self._merged(_each(page), after, through):
-            yield step
+        async with closed(self._merged(_each(page), after, through)) as steps:
+            async for step in steps:
+                yield step
 
     async def _merged(
         self, ours: AsyncIterator[tuple[str, str]], after: str | None, through: str | None
     ) -> AsyncIterator[tuple[str, bool]]:
         """Walk two listings of a range side by side; what is on one side only differs too."""
-        async with aclosing(self._theirs(after, through)) as theirs:
+        async with closed(ours), closed(self._theirs(after, through)) as theirs:
             left, right = await anext(ours, None), await anext(theirs, None)
             while left is not None or right is not None:
                 if right is None or (left is not None and left[0].encode() < right.resource_id.encode()):
@@ -161,17 +168,19 @@ class Comparison:
                     left, right = await anext(ours, None), await anext(theirs, None)
 
     async def _ours(self, after: str | None, through: str | None) -> AsyncIterator[tuple[str, str]]:
-        async for page in self._source.pages(*self._key, after, through):
-            self.listed += len(page)
-            async for row in _each(page):
-                yield row
-            await self._pause()
+        async with closed(self._source.pages(*self._key, after, through)) as pages:
+            async for page in pages:
+                self.listed += len(page)
+                async for row in _each(page):
+                    yield row
+                await self._pause()
 
     async def _theirs(self, after: str | None, through: str | None) -> AsyncGenerator[ResourceDigest, None]:
-        async for seen in self._secondary.scan(*self._key, after):
-            if through is not None and seen.resource_id.encode() > through.encode():
-                return
-            yield seen
+        async with closed(self._secondary.scan(*self._key, after)) as listing:
+            async for seen in listing:
+                if through is not None and seen.resource_id.encode() > through.encode():
+                    return
+                yield seen
 
     def _count(self, summary: Summary) -> None:
         self.primary_count += summary.count

@@ -18,6 +18,8 @@ _log = logging.getLogger("outbox.relay")
 
 # Of the time that events are kept: what was owed when it was passed by is kept by as much longer.
 _BEGIN_ANEW_SHARE = 1 / 6
+# Of comparisons there are few, and no index of their age.
+_COMPARED_EVERY = 60.0
 
 
 class Housekeeper:
@@ -37,7 +39,7 @@ class Housekeeper:
         self._attempts: dict[str, int] = {}
         self._anew_every = _BEGIN_ANEW_SHARE * config.keep_events.total_seconds()
         self._anew_at = time.monotonic() + self._anew_every
-        self._until = 0.0
+        self._until = self._compared_at = 0.0
 
     async def keep_tidy(self) -> None:
         """Tidy every `prune_interval`, for ever."""
@@ -69,7 +71,8 @@ class Housekeeper:
     async def _prune_notes(self) -> None:
         async with self._primary.connection() as connection:
             keep = self._config.keep_attempts
-            if time.monotonic() >= self._anew_at:
+            if time.monotonic() >= self._compared_at:
+                self._compared_at = time.monotonic() + min(_COMPARED_EVERY, keep.total_seconds())
                 await prune_reconciliations(connection, self._schema, keep)
             after = await prune_discarded(connection, self._schema, keep)
             while after is not None and self._has_time():

@@ -15,7 +15,6 @@ import asyncio
 import time
 from collections import Counter
 from collections.abc import AsyncGenerator, AsyncIterator, Sequence
-from contextlib import aclosing
 from datetime import timedelta
 from itertools import count
 from typing import Any, Literal
@@ -24,7 +23,7 @@ import msgspec
 from sqlalchemy import text
 from sqlalchemy.ext.asyncio import AsyncEngine
 
-from outbox.listing import PrimaryRow
+from outbox.listing import PrimaryRow, closed
 from outbox.secondaries.base import Findable, Refreshable, ResourceDigest, Secondary
 from outbox.source import Source
 from outbox.statement import Statement
@@ -230,7 +229,7 @@ class Judge:
             return await self._secondary.find(*scope, names)
         wanted = set(names)
         first, last = min(names, key=str.encode), max(names, key=str.encode)
-        async with aclosing(_until(self._secondary.scan(*scope, first[:-1] or None), last)) as listing:
+        async with closed(_until(self._secondary.scan(*scope, first[:-1] or None), last)) as listing:
             return [seen async for seen in listing if seen.resource_id in wanted]
 
     async def _named(self, scope: _Scope, held: _Held) -> list[Drift]:
@@ -266,7 +265,8 @@ def _kind(here: bool, seen: ResourceDigest | None, since: int | None) -> _Kind:
 
 
 async def _until(listing: AsyncIterator[ResourceDigest], last: str) -> AsyncGenerator[ResourceDigest, None]:
-    async for seen in listing:
-        if seen.resource_id.encode() > last.encode():
-            return
-        yield seen
+    async with closed(listing) as held:
+        async for seen in held:
+            if seen.resource_id.encode() > last.encode():
+                return
+            yield seen

@@ -9,8 +9,9 @@ sorted in memory.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Iterable, Sequence
-from typing import Any
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable, Sequence
+from contextlib import asynccontextmanager
+from typing import Any, TypeVar
 from urllib.parse import unquote
 from uuid import UUID
 
@@ -43,7 +44,7 @@ from outbox.capture import Tracked, identity_of
 from outbox.content import content_digest, fingerprint
 from outbox.statement import Statement
 
-__all__ = ["SORTS_BY_BYTES", "Listing", "PrimaryRow", "identified", "of_tenant", "rows_of", "sorts_by_bytes"]
+__all__ = ["SORTS_BY_BYTES", "Listing", "PrimaryRow", "closed", "identified", "of_tenant", "rows_of", "sorts_by_bytes"]
 
 # The builtin provider sorts by code point in all its locales, which for UTF-8 is the order of the bytes.
 SORTS_BY_BYTES = Statement("""
@@ -59,6 +60,23 @@ cross join pg_database as database
 where database.datname = current_database()
   and attribute.attrelid = to_regclass(:table) and attribute.attname = :column
 """)
+
+
+_T = TypeVar("_T")
+
+
+@asynccontextmanager
+async def closed(listing: AsyncIterator[_T]) -> AsyncIterator[AsyncIterator[_T]]:
+    """Close a listing with whoever walks it, also where they leave early: it may hold a connection.
+
+    Left to the collector it would give that back some time later, when its pool may be gone. One that is no generator
+    has nothing to close.
+    """
+    try:
+        yield listing
+    finally:
+        if isinstance(listing, AsyncGenerator):
+            await listing.aclose()
 
 
 class PrimaryRow(msgspec.Struct, frozen=True):
@@ -99,12 +117,13 @@ class Listing:
             pages = self._along(column, after)
         else:
             pages = self._sorted_there(column)
-        async for page in pages:
-            kept = [row for row in page if _within(row, after, through)]
-            if kept:
-                yield kept
-            if through is not None and page and page[-1].resource_id.encode() > through.encode():
-                return
+        async with closed(pages) as found:
+            async for page in found:
+                kept = [row for row in page if _within(row, after, through)]
+                if kept:
+                    yield kept
+                if through is not None and page and page[-1].resource_id.encode() > through.encode():
+                    return
 
     async def _along(self, column: QueryableAttribute[Any], after: str | None) -> AsyncIterator[list[PrimaryRow]]:
         last = after

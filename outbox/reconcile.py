@@ -20,6 +20,7 @@ from sqlalchemy.ext.asyncio import AsyncEngine
 from outbox.compare import Comparison
 from outbox.errors import SettingsError, UnknownSecondary
 from outbox.judge import Judge, Patience
+from outbox.listing import closed
 from outbox.primary import code_of
 from outbox.reconciliation import ReconciliationResult, Standing, Terms
 from outbox.repair import Repairer
@@ -124,15 +125,16 @@ class SyncReconciler:
         """Compare one tenant and type; return the extras that repair may remove if they are few in all, too."""
         walk = Comparison(self._source, self._secondary, *scope, self._pause)
         judge, extras, removable, names = self._judge(), result.extra, list[str](), list[str]()
-        async for name, differs in walk.walk(after):
-            if differs:
-                names.append(name)
-            tells = not differs and time.monotonic() >= self._tell_at
-            if len(names) == _TOGETHER or tells:
-                removable += await self._decide(judge, scope, names, result, repair=repair)
-                names = []
-            if tells:
-                await self._tell(Standing(_with(result, walk, started), *scope, name))
+        async with closed(walk.walk(after)) as steps:
+            async for name, differs in steps:
+                if differs:
+                    names.append(name)
+                tells = not differs and time.monotonic() >= self._tell_at
+                if len(names) == _TOGETHER or tells:
+                    removable += await self._decide(judge, scope, names, result, repair=repair)
+                    names = []
+                if tells:
+                    await self._tell(Standing(_with(result, walk, started), *scope, name))
         removable += await self._decide(judge, scope, names, result, repair=repair)
         result.primary_count += walk.primary_count
         result.secondary_count += walk.secondary_count
