@@ -50,7 +50,8 @@ async def test_a_signal_stops_claiming_and_lets_what_is_out_finish(
         assert relay.code == 0
         assert "slow" in await effects.held()
     attempts = await rows(primary, "select * from outbox_attempt")
-    assert [(row["applied"], row["released"], row["lost"]) for row in attempts] == [(1, 0, 0)]
+    # More than one if a new event came before the signal was heard.
+    assert {(row["applied"], row["released"], row["lost"]) for row in attempts} == {(1, 0, 0)}
 
 
 async def _claims_no_more(primary: AsyncEngine, manager: SyncManager, effects: Effects) -> bool:
