@@ -102,7 +102,6 @@ class Carrier:
             return await self._claim(room)
         finally:
             self._took = time.monotonic() - started
-            self._floors.took(self._took)
 
     async def run_once(self) -> int:
         """Carry one batch; return how many deliveries it held, 0 when nothing was due."""

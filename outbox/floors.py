@@ -41,11 +41,11 @@ class Floors:
                 # A primary that crashed meanwhile gives positions again that were drawn and never committed.
                 self._connected = self._primary.connected
                 self.lanes.look_everywhere()
-            yield connection
-
-    def took(self, seconds: float) -> None:
-        """Remember how long a claim took."""
-        self._slowest = max(self._slowest, seconds)
+            started = time.monotonic()
+            try:
+                yield connection
+            finally:
+                self._slowest = max(self._slowest, time.monotonic() - started)
 
     async def mind(self, *, busy: bool) -> None:
         """Between two claims keep the next ones short: what was delivered is soon more than what is claimed."""

@@ -14,7 +14,7 @@ from sqlalchemy.orm import QueryableAttribute, Session
 from outbox.capture import Tracked, Tracking
 from outbox.content import content_digest
 from outbox.event import Operation, SyncEvent
-from outbox.listing import Listing, PrimaryRow, closed, identified, of_tenant, rows_of, sorts_by_bytes
+from outbox.listing import Listing, PrimaryRow, identified, of_tenant, rows_of, sorts_by_bytes
 from outbox.secondaries.base import Summary
 
 __all__ = ["InPrimary", "Source"]
@@ -51,13 +51,11 @@ class Source:
             found |= {(tenant, tracked.resource_type) for tenant in tenants}
         return found
 
-    async def pages(
+    def pages(
         self, tenant_id: str, resource_type: str, after: str | None = None, through: str | None = None
     ) -> AsyncIterator[list[PrimaryRow]]:
-        """Yield a tenant's resources of a type with `after` < id <= `through`, by the UTF-8 bytes of the id."""
-        async with closed(self._listing(tenant_id, resource_type).pages(after, through)) as pages:
-            async for page in pages:
-                yield page
+        """List a tenant's resources of a type with `after` < id <= `through`, by the UTF-8 bytes of the id."""
+        return self._listing(tenant_id, resource_type).pages(after, through)
 
     async def find(self, tenant_id: str, resource_type: str, resource_ids: Sequence[str]) -> dict[str, PrimaryRow]:
         """Return those of the resources that are there now."""

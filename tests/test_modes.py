@@ -291,6 +291,38 @@ async def test_callers_and_relays_race_for_the_same_rows_and_never_dispatch_twic
         )
 
 
+async def test_a_caller_who_carries_its_own_writes_raises_its_floors(primary: AsyncEngine) -> None:
+    """Else each would walk, while it has the turn, through all that was deleted since the last vacuum."""
+    async with managing(primary, ScriptedSecondary("search"), mode="synchronous") as manager:
+
+        async def raised() -> bool:
+            await manager.sync(change("1"), timeout=10)
+            relay = manager._follower._relay
+            assert relay is not None
+            return min(relay._carriers["search"]._floors.lanes.floors) > 0
+
+        await eventually(raised)
+
+
+async def test_a_reader_asks_less_often_where_asking_costs_more(
+    primary: AsyncEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It counts all that is owed: as often as otherwise it would be most of what the primary does."""
+    asked, asking = [], SyncManager.backend_status
+
+    async def slowly(manager: SyncManager, backend_id: str) -> Any:
+        asked.append(backend_id)
+        await asyncio.sleep(0.05)
+        return await asking(manager, backend_id)
+
+    async with managing(primary, ScriptedSecondary("search")) as manager:
+        await write(manager, change("1"))
+        await execute(primary, "update outbox set created_at = now() - interval '1 hour'")
+        monkeypatch.setattr(SyncManager, "backend_status", slowly)
+        assert not await manager.may_read("search", max_lag=1)
+    assert 1 < len(asked) <= 3
+
+
 async def test_what_waits_before_it_in_its_key_goes_first(primary: AsyncEngine) -> None:
     """D12, D14: mode decides only whether the caller waits; the order is one."""
     secondary = ScriptedSecondary("log")

@@ -209,11 +209,21 @@ async def test_a_secondary_that_is_down_is_not_sent_more(primary: AsyncEngine) -
     world = World(primary, secondary, batch_size=2)
     await world.prepare(200)
     secondary.down = Unavailable("refused", "as the test says")
+    waits: list[str | None] = []
     async with running(world.manager.relay()):
-        filling = asyncio.create_task(world.manager.backfill("mirror", most_owed=10))
-        await eventually(lambda: opened(primary, 7))
-        # What may be on its way, once more for what was in flight when it broke and is held since.
-        assert await pending(primary) <= 10 + world.manager.config.attempts_in_flight * 2 < 200
+        filling = asyncio.create_task(
+            world.manager.backfill("mirror", most_owed=10, progress=lambda each: waits.append(each.waiting))
+        )
+        await eventually(lambda: opened(primary, 3))
+        # By then what was in flight when it broke is held; from the second look on it knows that.
+        waits.clear()
+        await eventually(lambda: len(waits) > 2 and all(waits[-2:]))
+        owed = await pending(primary)
+        # What may be on its way, once more for what was in flight when it broke.
+        assert owed <= 10 + world.manager.config.attempts_in_flight * 2
+        opens = await value(primary, "select breaker_opens from outbox_secondary")
+        await eventually(lambda: opened(primary, opens + 4))
+        assert await pending(primary) == owed < 200
         secondary.down = None
         assert (await filling).finished
         await eventually(lambda: nothing_pending(primary))
