@@ -64,7 +64,9 @@ def carrying(events: Iterable[SyncEvent], of_session: Mapping[str, str] = _NOTHI
     """Return the events with the headers of the session and of this context, wherever they have none of that name."""
     if isinstance(events, Carrying):
         return events
-    shared = {**_ambient.get(), **of_session}
+    ambient = _ambient.get()
+    # Every writer pays for this, mostly for nothing: unpacking read-only mappings would cost as much as all the rest.
+    shared = {**ambient, **of_session} if ambient or of_session else {}
     if TRACEPARENT not in shared and (current := current_traceparent()) is not None:
         shared[TRACEPARENT] = current
     if not shared:

@@ -3,116 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Awaitable, Iterable, Sequence
-from functools import cache
 from typing import TYPE_CHECKING, Any, overload
 
-from sqlalchemy import Connection, TextClause, text
+from sqlalchemy import Connection
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import AsyncConnection
 
-from outbox.errors import NoSecondary, NotInTransaction
+from outbox.errors import NotInTransaction
 from outbox.event import SyncEvent
 from outbox.headers import carrying
-from outbox.schema import STAMP
-from outbox.statement import Statement, dialect_of
+from outbox.recording import recordings, token_of
 from outbox.token import SyncToken
 
 if TYPE_CHECKING:
     import asyncpg
     import psycopg
 
-__all__ = ["RECORD", "RECORD_ONE", "record", "refuse_autocommit"]
-
-# Whom the registry names, as the statement that records sees it.
-_REGISTERED = """from {schema}.outbox_secondary as secondary
-    where secondary.status in ('shadow', 'live', 'paused')
-      and (cast(:backend_ids as text[]) is null or secondary.backend_id = any (cast(:backend_ids as text[])))"""
-_WANTS = """(secondary.tenant_ids is null or [tenant_id] = any (secondary.tenant_ids))
-      and (secondary.resource_types is null or [resource_type] = any (secondary.resource_types))"""
-
-_ANSWER = """
-select event_id, owed_to, cast(cast(transaction_id as text) as bigint) as transaction_id, stamp,
-       owed_to <> '{}' or exists (select from {schema}.outbox_secondary) as anybody
-from event
-"""
-
-# The transaction gets its id before it draws a position: whoever reads the sequence and then the running
-# transactions has seen every writer that may still commit a lower position. Positions are drawn in the
-# order given, and rows are counted back without RETURNING, so an insert-only role can record. The registry is read once
-# and not for every row: its rows change every second, and where vacuum is held up it is long.
-RECORD = Statement(
-    """
-with writer as materialized (
-    select pg_current_xact_id() as transaction_id, [stamp] as stamp
-), secondary as materialized (
-    select secondary.backend_id, secondary.tenant_ids, secondary.resource_types
-    [registered]
-), event as materialized (
-    select nextval('{schema}.outbox_event_id_seq') as event_id,
-           cast(hashtextextended(tenant_id, 0) & 63 as smallint) as lane,
-           hashtextextended(tenant_id || '/' || resource_type || '/' || resource_id, 0) as key_hash,
-           writer.transaction_id, writer.stamp, given.*,
-           array(select secondary.backend_id from secondary where [wants]) as owed_to
-    from writer cross join unnest(
-        cast(:tenant_ids as text[]), cast(:resource_types as text[]), cast(:resource_ids as text[]),
-        cast(:operations as text[]), cast(:versions as text[]), cast(:fhir_versions as text[]),
-        cast(:contents as text[]), cast(:bulk_ids as uuid[]), cast(:headers as text[])
-    ) as given (tenant_id, resource_type, resource_id, operation, version, fhir_version, content, bulk_id, headers)
-), written as (
-    insert into {schema}.outbox
-        (event_id, tenant_id, resource_type, resource_id, operation, version, fhir_version, content, bulk_id, headers,
-         stamp)
-    overriding system value
-    select event_id, tenant_id, resource_type, resource_id, operation, version, fhir_version,
-           cast(content as json), bulk_id, cast(headers as json), stamp
-    from event
-), owed as (
-    insert into {schema}.outbox_delivery (backend_id, lane, event_id, key_hash)
-    select owed.backend_id, event.lane, event.event_id, event.key_hash
-    from event cross join unnest(event.owed_to) as owed (backend_id)
-)""".replace("[registered]", _REGISTERED)
-    .replace("[wants]", _WANTS)
-    .replace("[tenant_id]", "given.tenant_id")
-    .replace("[resource_type]", "given.resource_type")
-    .replace("[stamp]", STAMP)
-    + _ANSWER
-)
-
-# Nearly every transaction records one event. The same without rows to join: the id comes first because a CASE asks for
-# it, and what is written is given where it is written. A tenth less of the server's time than through a list of one.
-RECORD_ONE = Statement(
-    """
-with event as materialized (
-    select case when pg_current_xact_id() is not null then nextval('{schema}.outbox_event_id_seq') end as event_id,
-           cast(hashtextextended([tenant_id], 0) & 63 as smallint) as lane,
-           hashtextextended([tenant_id] || '/' || [resource_type] || '/' || cast(:resource_id as text), 0) as key_hash,
-           pg_current_xact_id() as transaction_id, [stamp] as stamp,
-           array(
-    select secondary.backend_id
-    [registered]
-      and [wants]
-           ) as owed_to
-), written as (
-    insert into {schema}.outbox
-        (event_id, tenant_id, resource_type, resource_id, operation, version, fhir_version, content, bulk_id, headers,
-         stamp)
-    overriding system value
-    select event_id, [tenant_id], [resource_type], cast(:resource_id as text), cast(:operation as text),
-           cast(:version as text), cast(:fhir_version as text), cast(cast(:content as text) as json),
-           cast(:bulk_id as uuid), cast(cast(:headers as text) as json), stamp
-    from event
-), owed as (
-    insert into {schema}.outbox_delivery (backend_id, lane, event_id, key_hash)
-    select unnest(owed_to), lane, event_id, key_hash from event
-)""".replace("[registered]", _REGISTERED)
-    .replace("[wants]", _WANTS)
-    .replace("[tenant_id]", "cast(:tenant_id as text)")
-    .replace("[resource_type]", "cast(:resource_type as text)")
-    .replace("[stamp]", STAMP)
-    + _ANSWER
-)
-
-_ROWS_PER_STATEMENT = 1_000
+__all__ = ["record", "refuse_autocommit"]
 
 
 @overload
@@ -160,66 +67,20 @@ def record(
     return _record_on_driver(connection, chosen, schema, backend_ids)
 
 
-def _recording(events: Sequence[SyncEvent], backend_ids: Sequence[str] | None) -> tuple[Statement, dict[str, Any]]:
-    """Return the statement that writes these events, and its parameters."""
-    chosen = None if backend_ids is None else list(backend_ids)
-    if len(events) == 1:
-        event = events[0]
-        return RECORD_ONE, {
-            "tenant_id": event.tenant_id,
-            "resource_type": event.resource_type,
-            "resource_id": event.resource_id,
-            "operation": str(event.operation),
-            "version": event.version,
-            "fhir_version": event.fhir_version,
-            "content": event.content,
-            "bulk_id": event.bulk_id and str(event.bulk_id),
-            "headers": event.headers,
-            "backend_ids": chosen,
-        }
-    return RECORD, {
-        "tenant_ids": [event.tenant_id for event in events],
-        "resource_types": [event.resource_type for event in events],
-        "resource_ids": [event.resource_id for event in events],
-        "operations": [str(event.operation) for event in events],
-        "versions": [event.version for event in events],
-        "fhir_versions": [event.fhir_version for event in events],
-        "contents": [event.content for event in events],
-        "bulk_ids": [event.bulk_id and str(event.bulk_id) for event in events],
-        "headers": [event.headers for event in events],
-        "backend_ids": chosen,
-    }
-
-
-def _chunks(events: list[SyncEvent]) -> Iterable[list[SyncEvent]]:
-    for start in range(0, len(events), _ROWS_PER_STATEMENT):
-        yield events[start : start + _ROWS_PER_STATEMENT]
-
-
-def _token(rows: Sequence[Any]) -> SyncToken:
-    if rows and not rows[0][4]:
-        raise NoSecondary(
-            "record: no secondary is registered, so nobody would ever get these events; "
-            "start a relay, or call `await manager.register()`, before the first write"
-        )
-    transaction_id, stamp = (rows[0][2], rows[0][3]) if rows else (0, 0)
-    return SyncToken.of(transaction_id, stamp, [(row[0], row[1]) for row in rows])
-
-
 def _record_on_sqlalchemy(
     connection: Connection, events: list[SyncEvent], schema: str, backend_ids: Sequence[str] | None
 ) -> SyncToken:
     refuse_autocommit(connection)
     rows: list[Any] = []
-    for chunk in _chunks(events):
-        statement, parameters = _recording(chunk, backend_ids)
+    for statement, parameters in recordings(events, backend_ids):
         try:
-            rows += connection.execute(_sqlalchemy_text(statement, schema), parameters)
+            # Past SQLAlchemy's compiler, which would take as long as all of ours.
+            rows += connection.exec_driver_sql(*statement.call(schema, connection.dialect.driver, parameters))
         except DBAPIError as error:
             # Its text would quote the parameters, which are content.
             error.hide_parameters = True
             raise
-    return _token(rows)
+    return token_of(rows)
 
 
 def refuse_autocommit(connection: Connection) -> None:
@@ -240,11 +101,10 @@ def _record_on_driver(
         return _record_on_async_psycopg(connection, events, schema, backend_ids)
     _refuse_idle_autocommit(connection)
     rows: list[Any] = []
-    for chunk in _chunks(events):
-        statement, parameters = _recording(chunk, backend_ids)
-        cursor = connection.execute(_psycopg_text(statement, schema), parameters)
+    for statement, parameters in recordings(events, backend_ids):
+        cursor = connection.execute(*statement.call(schema, "psycopg", parameters))
         rows += cursor.fetchall()
-    return _token(rows)
+    return token_of(rows)
 
 
 async def _record_on_asyncpg(
@@ -253,10 +113,9 @@ async def _record_on_asyncpg(
     if not connection.is_in_transaction():
         raise _no_transaction()
     rows: list[Any] = []
-    for chunk in _chunks(events):
-        statement, parameters = _recording(chunk, backend_ids)
+    for statement, parameters in recordings(events, backend_ids):
         rows += await connection.fetch(*statement.arguments(schema, parameters))
-    return _token(rows)
+    return token_of(rows)
 
 
 async def _record_on_async_psycopg(
@@ -264,11 +123,10 @@ async def _record_on_async_psycopg(
 ) -> SyncToken:
     _refuse_idle_autocommit(connection)
     rows: list[Any] = []
-    for chunk in _chunks(events):
-        statement, parameters = _recording(chunk, backend_ids)
-        cursor = await connection.execute(_psycopg_text(statement, schema), parameters)
+    for statement, parameters in recordings(events, backend_ids):
+        cursor = await connection.execute(*statement.call(schema, "psycopg", parameters))
         rows += await cursor.fetchall()
-    return _token(rows)
+    return token_of(rows)
 
 
 def _refuse_idle_autocommit(connection: Any) -> None:
@@ -282,13 +140,3 @@ def _no_transaction() -> NotInTransaction:
         "record: the connection has no transaction open, so the event could be stored without its change; "
         "begin a transaction, write the business rows, then record"
     )
-
-
-@cache
-def _sqlalchemy_text(statement: Statement, schema: str) -> TextClause:
-    return text(statement.on(schema))
-
-
-@cache
-def _psycopg_text(statement: Statement, schema: str) -> str:
-    return str(_sqlalchemy_text(statement, schema).compile(dialect=dialect_of("psycopg")))

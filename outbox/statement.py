@@ -8,9 +8,11 @@ state in a parameter hides the partial indexes from a generic plan.
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
-from typing import Any
+from operator import itemgetter
+from typing import Any, NamedTuple
 
 from sqlalchemy import text
 from sqlalchemy.engine import Dialect
@@ -36,12 +38,26 @@ class Statement:
 
     def asyncpg(self, schema: str) -> tuple[str, tuple[str, ...]]:
         """Return the statement with `$n` parameters, and the parameters' names in that order."""
-        return _positional(self.sql, schema)
+        said = _said(self.sql, schema, "asyncpg")
+        return said.sql, said.names
 
     def arguments(self, schema: str, parameters: dict[str, Any]) -> tuple[Any, ...]:
         """Return the statement and its arguments as asyncpg's methods take them."""
-        rendered, names = self.asyncpg(schema)
-        return (rendered, *(parameters[name] for name in names))
+        said = _said(self.sql, schema, "asyncpg")
+        return (said.sql, *said.taken(parameters))
+
+    def call(self, schema: str, driver: str, parameters: dict[str, Any]) -> tuple[str, Any]:
+        """Return the statement and its parameters as any driver takes them that SQLAlchemy knows by this name."""
+        said = _said(self.sql, schema, driver)
+        return said.sql, said.taken(parameters) if said.names else parameters
+
+
+class _Said(NamedTuple):
+    """A statement in a driver's words: with names, what it takes has their order; without, it takes a mapping."""
+
+    sql: str
+    names: tuple[str, ...]
+    taken: Callable[[dict[str, Any]], tuple[Any, ...]]
 
 
 @cache
@@ -51,10 +67,16 @@ def _qualified(sql: str, schema: str) -> str:
 
 
 @cache
-def _positional(sql: str, schema: str) -> tuple[str, tuple[str, ...]]:
-    compiled = text(_qualified(sql, schema)).compile(dialect=dialect_of("asyncpg"))
+def _said(sql: str, schema: str, driver: str) -> _Said:
+    compiled = text(_qualified(sql, schema)).compile(dialect=dialect_of(driver))
     assert isinstance(compiled, SQLCompiler)
-    return str(compiled), tuple(compiled.positiontup or ())
+    names = tuple(compiled.positiontup or ())
+    return _Said(str(compiled), names, _picker(names))
+
+
+def _picker(names: tuple[str, ...]) -> Callable[[dict[str, Any]], tuple[Any, ...]]:
+    # An `itemgetter` of one name gives no tuple; of several it is the fastest way there is.
+    return itemgetter(*names) if len(names) > 1 else lambda parameters: tuple(parameters[name] for name in names)
 
 
 def check_identifier(schema: str) -> None:

@@ -70,9 +70,6 @@ class SyncToken(str):
     @classmethod
     def of(cls, transaction_id: int, stamp: int, owed: Sequence[tuple[int, Sequence[str]]]) -> Self:
         """Build from (position, names of the secondaries it is owed to)."""
-        if len(owed) == 1:
-            # Nearly every transaction records one event.
-            return cls._encoded([Recorded(transaction_id, stamp, tuple(sorted(owed[0][1])), ((owed[0][0], 1),))])
         groups: dict[tuple[str, ...], list[int]] = {}
         for position, backend_ids in owed:
             groups.setdefault(tuple(sorted(backend_ids)), []).append(position)
@@ -80,12 +77,22 @@ class SyncToken(str):
         return cls._encoded([Recorded(transaction_id, stamp, names, found) for names, found in runs.items()])
 
     @classmethod
-    def merged(cls, tokens: Iterable[SyncToken]) -> Self:
+    def of_one(cls, body: str) -> Self:
+        """Build from the text that the database made of one event, in the form that is described above."""
+        # Past the check of `__new__`: this text is of our own making.
+        return str.__new__(cls, f"{_FORM}{_checksum(body)}.{body}")
+
+    @classmethod
+    def merged(cls, tokens: Iterable[SyncToken]) -> SyncToken:
         """Return one token for everything that these recorded."""
+        tokens = list(tokens)
+        if len(tokens) == 1:
+            return tokens[0]
         groups: dict[tuple[int, int, tuple[str, ...]], list[tuple[int, int]]] = {}
         for token in tokens:
             for each in token.recorded:
-                groups.setdefault((each.transaction_id, each.stamp, each.backend_ids), []).extend(each.runs)
+                names = tuple(sorted(each.backend_ids))
+                groups.setdefault((each.transaction_id, each.stamp, names), []).extend(each.runs)
         return cls._encoded([Recorded(*group, _joined(runs)) for group, runs in groups.items()])
 
     @property
@@ -115,13 +122,12 @@ class SyncToken(str):
     @classmethod
     def _encoded(cls, recorded: list[Recorded]) -> Self:
         body = "~".join([_written(each) for each in recorded])
-        # Past the check of `__new__`: this text is of our own making.
         return str.__new__(cls, f"{_FORM}{_checksum(body)}.{body}")
 
 
 def _checksum(body: str) -> str:
     """What was cut or mistyped on its way must not be waited on as something else."""
-    return f"{zlib.crc32(body.encode()):08x}"
+    return zlib.crc32(body.encode()).to_bytes(4, "big").hex()
 
 
 def _written(recorded: Recorded) -> str:

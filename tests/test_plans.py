@@ -25,7 +25,7 @@ from outbox.claim import CLAIM, claim
 from outbox.lanes import Lanes, advance_floors
 from outbox.primary import Primary
 from outbox.prune import FOLD, PRUNE_ATTEMPTS, PRUNE_EVENTS
-from outbox.record import RECORD
+from outbox.recording import RECORD
 from outbox.resume import RESUME, resume
 from outbox.settle import settle
 from outbox.statement import Statement
