@@ -39,8 +39,9 @@ _LONGEST_PATIENCE = 0.02
 _SLOW = 0.05
 # A statement that took too long says nothing about the primary's history.
 _CANCELED = "57014"
-# The claim that looks at holds costs a fixed millisecond more; between two of them held keys are passed by.
-_RESUME_EVERY = 0.02
+# The claim that looks at holds fills one batch and not several; between two of them held keys are passed by. While
+# there is other work it takes one of so many parts of the time, unless held keys would wait for it too long.
+_RESUME_EVERY, _RESUME_PART, _RESUME_LATEST = 0.02, 20, 1.0
 
 
 class Carrier:
@@ -247,18 +248,22 @@ class Carrier:
         schema, now = self._config.database_schema, time.monotonic()
         attempts: list[Opened] = []
         if turn.holds and (now >= self._resume_at or turn.breaker != "closed"):
-            self._resume_at = now + _RESUME_EVERY
             # Suspects take turns with everybody else, so that many of them delay nobody for long.
             self._alone = turn.suspects and not self._alone
             if self._alone and self.hands.attempt_ids:
                 self._alone = False
+                self._resume_at = now + _RESUME_EVERY
                 return []
             resumed = await resume(connection, schema, **parameters, alone=self._alone)
+            took = time.monotonic() - now
+            self._resume_at = now + min(max(_RESUME_EVERY, took * _RESUME_PART), _RESUME_LATEST)
             attempts = [Opened(resumed, turn.log_order, held=True)] if resumed else []
             self._alone_out = self._alone and resumed is not None
         if not attempts:
             opened = await claim(connection, schema, **parameters, slots=1 if self.hands.strained else slots)
             attempts = [Opened(attempt_id, turn.log_order, held=False) for attempt_id in opened]
+            if not attempts:
+                self._resume_at = min(self._resume_at, now + _RESUME_EVERY)
         if attempts and turn.breaker != "closed":
             await probe(connection, self._config.database_schema, self.backend_id, self._config.lease)
         return attempts

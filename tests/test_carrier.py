@@ -10,8 +10,11 @@ import asyncpg
 import pytest
 from sqlalchemy.ext.asyncio import AsyncEngine
 
+from outbox import Retry
 from outbox.carrier import Carrier
-from tests.relaying import manager_of, running
+from outbox.claim import claim
+from outbox.resume import resume
+from tests.relaying import change, manager_of, running, write
 from tests.scripted import ScriptedSecondary
 from tests.waiting import eventually
 
@@ -55,3 +58,40 @@ async def test_a_claim_that_took_too_long_does_not_make_the_next_one_longer(
         await eventually(lambda: not failing)
         await asyncio.sleep(0.1)
     assert doubts == [1]
+
+
+async def test_a_look_at_holds_that_takes_long_is_rare_while_there_is_other_work(
+    primary: AsyncEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is held in a long line must not slow the others down; when there are no others, nothing waits for it."""
+    looks: list[tuple[str, float]] = []
+
+    async def looks_at_holds(*given: Any, **more: Any) -> int | None:
+        looks.append(("holds", time.monotonic()))
+        await asyncio.sleep(0.05)
+        return await resume(*given, **more)
+
+    async def takes_the_others(*given: Any, **more: Any) -> list[int]:
+        taken = await claim(*given, **more)
+        looks.append(("others" if taken else "nobody", time.monotonic()))
+        return taken
+
+    monkeypatch.setattr("outbox.carrier.resume", looks_at_holds)
+    monkeypatch.setattr("outbox.carrier.claim", takes_the_others)
+    secondary = ScriptedSecondary("search")
+    secondary.always("poisoned", Retry("poisoned"))
+    manager = manager_of(primary, secondary, batch_size=1, max_attempts=1_000)
+    await manager.register()
+    await write(manager, change("poisoned"))
+    async with running(manager.relay()):
+        await eventually(lambda: any(what == "holds" for what, _ in looks))
+        looks.clear()
+        await write(manager, *[change(f"other-{number}") for number in range(1_500)])
+        await eventually(lambda: len(secondary.calls) > 1_500)
+    between: list[list[str]] = [[]]
+    for what, _ in looks:
+        between += [[]] if what == "holds" else []
+        between[-1] += [what] if what != "holds" else []
+    full = [each for each in between[1:-1] if "nobody" not in each]
+    assert max(map(len, between)) >= 10
+    assert all(len(each) >= 3 for each in full), between
