@@ -26,7 +26,7 @@ left join lateral (
     where hold.backend_id = :backend_id
       and hold.key_hash = hashtextextended(event.tenant_id || '/' || event.resource_type || '/' || event.resource_id, 0)
       and hold.tenant_id = event.tenant_id
-      and hold.resource_type = event.resource_type and hold.resource_id = event.resource_id
+      and hold.resource_type = event.resource_type and hold.resource_id = event.resource_id and hold.page = 0
     offset 0
 ) as hold on true"""
 

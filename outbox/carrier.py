@@ -257,8 +257,11 @@ class Carrier:
             resumed = await resume(connection, schema, **parameters, alone=self._alone)
             took = time.monotonic() - now
             self._resume_at = now + min(max(_RESUME_EVERY, took * _RESUME_PART), _RESUME_LATEST)
-            attempts = [Opened(resumed, turn.log_order, held=True)] if resumed else []
-            self._alone_out = self._alone and resumed is not None
+            if resumed.absorbed * 2 >= room:
+                # A long line at once: until holds have it, every claim walks past it.
+                self._resume_at = now
+            attempts = [Opened(resumed.attempt_id, turn.log_order, held=True)] if resumed.attempt_id else []
+            self._alone_out = self._alone and bool(attempts)
         if not attempts:
             opened = await claim(connection, schema, **parameters, slots=1 if self.hands.strained else slots)
             attempts = [Opened(attempt_id, turn.log_order, held=False) for attempt_id in opened]

@@ -10,7 +10,7 @@ from outbox.errors import SettingsError, UnknownSecondary
 from outbox.settings import SyncConfig
 from outbox.statement import Statement
 
-__all__ = ["COUNT", "DISCARD", "GO_ON", "PAUSE", "REDRIVE", "Operator", "Which"]
+__all__ = ["COUNT", "DISCARD", "GO_ON", "PAUSE", "REDRIVE", "TAKE", "Operator", "Which"]
 
 _LONGEST_REASON = 1_024
 
@@ -44,27 +44,48 @@ select count(*) as keys from again
 """.replace("[chosen]", _CHOSEN)
 )
 
+# Whoever puts an event behind a hold takes the hold first: once this has it, nobody does.
+TAKE = Statement(
+    """
+select from {schema}.outbox_hold as hold
+where [chosen]
+for update
+""".replace("[chosen]", _CHOSEN)
+)
+
 # What is given up is written down before it is forgotten: nobody who waits for it may be told that it arrived.
 DISCARD = Statement(
     """
 with gone as (
     delete from {schema}.outbox_hold as hold
     where [chosen]
-    returning hold.backend_id, hold.key_hash, hold.tenant_id, hold.resource_type, hold.resource_id, hold.oldest_id,
-              hold.event_ids, hold.attempts, hold.error_code
+    returning hold.*
+), behind as (
+    delete from {schema}.outbox_hold as behind
+    using gone
+    where behind.backend_id = gone.backend_id and behind.key_hash = gone.key_hash
+      and behind.tenant_id = gone.tenant_id and behind.resource_type = gone.resource_type
+      and behind.resource_id = gone.resource_id and behind.page > 0
+    returning behind.*
+), lot as materialized (
+    select backend_id, key_hash, tenant_id, resource_type, resource_id, min(oldest_id) as oldest_id,
+           max(event_ids[cardinality(event_ids)]) as event_id, cast(sum(cardinality(event_ids)) as integer) as events,
+           max(attempts) as attempts, max(error_code) as error_code
+    from (select * from gone union all select * from behind) as row
+    group by backend_id, key_hash, tenant_id, resource_type, resource_id
 ), noted as (
     insert into {schema}.outbox_discarded
         (backend_id, key_hash, event_id, oldest_id, tenant_id, resource_type, resource_id, events, attempts, error_code,
          reason)
-    select backend_id, key_hash, event_ids[cardinality(event_ids)], oldest_id, tenant_id, resource_type, resource_id,
-           cardinality(event_ids), attempts, error_code, cast(:reason as text)
-    from gone
+    select backend_id, key_hash, event_id, oldest_id, tenant_id, resource_type, resource_id, events, attempts,
+           error_code, cast(:reason as text)
+    from lot
 ), counted as (
-    update {schema}.outbox_secondary as secondary set discarded = secondary.discarded + lot.events
-    from (select backend_id, sum(cardinality(event_ids)) as events from gone group by backend_id) as lot
-    where secondary.backend_id = lot.backend_id
+    update {schema}.outbox_secondary as secondary set discarded = secondary.discarded + given_up.events
+    from (select backend_id, sum(events) as events from lot group by backend_id) as given_up
+    where secondary.backend_id = given_up.backend_id
 )
-select count(*) as keys from gone
+select count(*) as keys from lot
 """.replace("[chosen]", _CHOSEN)
 )
 
@@ -122,7 +143,9 @@ class Operator:
         """
         if not 1 <= len(reason) <= _LONGEST_REASON or not reason.isprintable():
             raise SettingsError("reason", f"must have 1 to {_LONGEST_REASON} printable characters")
-        return await self._touch(COUNT, which) if dry_run else await self._touch(DISCARD, which, reason=reason)
+        if dry_run:
+            return await self._touch(COUNT, which)
+        return await self._touch(DISCARD, which, before=TAKE, reason=reason)
 
     async def pause(self, backend_id: str) -> None:
         """Carry nothing more to a secondary, from the next claim on; what is owed to it is kept and grows.
@@ -143,7 +166,9 @@ class Operator:
         if row is None:
             raise UnknownSecondary(backend_id, "the registry has no such secondary that is live or paused")
 
-    async def _touch(self, statement: Statement, which: Which, **more: str) -> int:
-        sql, parameters = text(statement.on(self.config.database_schema)), msgspec.structs.asdict(which) | more
+    async def _touch(self, statement: Statement, which: Which, before: Statement | None = None, **more: str) -> int:
+        schema, chosen = self.config.database_schema, msgspec.structs.asdict(which)
         async with self.engine.begin() as connection:
-            return int((await connection.execute(sql, parameters)).scalar_one())
+            if before is not None:
+                await connection.execute(text(before.on(schema)), chosen)
+            return int((await connection.execute(text(statement.on(schema)), chosen | more)).scalar_one())

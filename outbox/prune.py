@@ -78,6 +78,7 @@ where secondary.backend_id = :backend_id and reach.attempt_id > :folded_through 
 """)
 
 # A hold in hand that no open attempt has would stay so for ever; only a hand can have made one. What it owes is due.
+# A page that lies behind nothing any more becomes a hold.
 MEND = Statement("""
 with busy as materialized (
     select unnest(attempt.key_hashes) as key_hash
@@ -88,10 +89,18 @@ with busy as materialized (
     from {schema}.outbox_hold as hold
     where hold.backend_id = :backend_id and hold.next_attempt_at is null and hold.state <> 'dead'
       and hold.key_hash not in (select key_hash from busy)
+      and (hold.page = 0 or not exists (
+          select from {schema}.outbox_hold as before
+          where before.backend_id = :backend_id and before.key_hash = hold.key_hash
+            and before.tenant_id = hold.tenant_id and before.resource_type = hold.resource_type
+            and before.resource_id = hold.resource_id and before.page < hold.page
+          offset 0
+      ))
 ), gone as (
     delete from {schema}.outbox_hold where ctid = any (array(select row_id from stray where owes_nothing))
 )
-update {schema}.outbox_hold set next_attempt_at = statement_timestamp()
+update {schema}.outbox_hold
+set next_attempt_at = statement_timestamp(), page = 0, state = case when page > 0 then 'released' else state end
 where ctid = any (array(select row_id from stray where not owes_nothing))
 """)
 

@@ -7,7 +7,7 @@ secondary with failures is not served in two halves.
 from __future__ import annotations
 
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 from uuid import UUID
 
 from outbox.lanes import Lanes
@@ -17,14 +17,22 @@ from outbox.turn import Turn
 if TYPE_CHECKING:
     import asyncpg
 
-__all__ = ["RESUME", "resume"]
+__all__ = ["PAGE", "RESUME", "Resumed", "resume"]
+
+# So many positions in a row, eight kilobytes, before the next row.
+PAGE = 1_000
 
 # busy      keys in some open attempt: nobody may start another event of them
 # due       holds whose time has come; a suspect comes alone or not at all
 # fresh     deliveries from each lane in turn, from its floor, in position order
 # absorbed  what of fresh belongs to a key that is held back
-# touched   holds that are due or absorb something; in state order the newer event has all its attempts before it, and
-#           revives a dead key
+# last      log order: where it goes, which is behind all that the key owes already
+# appended  ... on a page with room or on a new one, so that a long line is never written anew for what joins it
+# waiting   ... unless the key is due: then it stays where it is until the key is in hand or held again
+# touched   holds that are due or, in state order, absorb something: there the newer event has all its attempts before
+#           it, and revives a dead key; in log order, with their next page unless more than a batch is left: as long
+#           as there are pages, something stays
+# pulled    ... which is no page any more
 # share     log order: how many events of each taken hold fit into the batch
 # divided   what goes out now and what stays; in state order only the newest event of a key does either
 # kept      written back by key and not by place, so that a hand that changes a hold meanwhile cannot lose an event
@@ -59,13 +67,15 @@ with busy as materialized (
     limit (select greatest(cast(:batch_size as integer) - count(*), 0) from due)
 ), absorbed as materialized (
     select fresh.key_hash, hold.tenant_id, hold.resource_type, hold.resource_id,
-           array_agg(fresh.event_id order by fresh.event_id) as event_ids
+           array_agg(fresh.event_id order by fresh.event_id) as event_ids,
+           (fresh.key_hash, hold.tenant_id, hold.resource_type, hold.resource_id) in (select * from due) as is_due
     from fresh
     cross join lateral (
         select hold.tenant_id, hold.resource_type, hold.resource_id
         from {schema}.outbox_hold as hold
-        where hold.backend_id = :backend_id and hold.key_hash = fresh.key_hash
+        where hold.backend_id = :backend_id and hold.key_hash = fresh.key_hash and hold.page = 0
         offset 0
+        for update
     ) as hold
     cross join lateral (
         select from {schema}.outbox as event
@@ -74,10 +84,37 @@ with busy as materialized (
         offset 0
     ) as event
     group by fresh.key_hash, hold.tenant_id, hold.resource_type, hold.resource_id
+), last as materialized (
+    select absorbed.*, last.page, last.event_ids as so_far,
+           cardinality(last.event_ids) + cardinality(absorbed.event_ids) <= cast(:page_size as integer) as has_room
+    from absorbed
+    cross join lateral (
+        select hold.page, hold.event_ids
+        from {schema}.outbox_hold as hold
+        where hold.backend_id = :backend_id and hold.key_hash = absorbed.key_hash
+          and hold.tenant_id = absorbed.tenant_id and hold.resource_type = absorbed.resource_type
+          and hold.resource_id = absorbed.resource_id
+        order by hold.page desc
+        limit 1
+    ) as last
+    where cast(:log_order as boolean) and not absorbed.is_due
+), appended as (
+    insert into {schema}.outbox_hold as hold
+        (backend_id, key_hash, tenant_id, resource_type, resource_id, page, event_ids, oldest_id, owed_since, state)
+    select :backend_id, last.key_hash, last.tenant_id, last.resource_type, last.resource_id,
+           case when has_room then last.page else last.page + 1 end,
+           case when has_room then last.so_far || last.event_ids else last.event_ids end, last.event_ids[1],
+           (select created_at from {schema}.outbox where event_id = last.event_ids[1]),
+           case when has_room and last.page = 0 then 'released' else 'behind' end
+    from last
+    on conflict (backend_id, key_hash, tenant_id, resource_type, resource_id, page) do update
+    set event_ids = excluded.event_ids
+), waiting as materialized (
+    select unnest(event_ids) as event_id from absorbed where cast(:log_order as boolean) and is_due
 ), touched as materialized (
     select hold.tenant_id, hold.resource_type, hold.resource_id, hold.key_hash, hold.next_attempt_at, hold.owed_since,
            hold.oldest_id,
-           hold.event_ids || coalesce(found.event_ids, '{}') as owed,
+           hold.event_ids || coalesce(found.event_ids, next.event_ids, '{}') as owed, next.row_id as next_row_id,
            found.is_due or (hold.state = 'dead' and renewed.is_new and not hold.alone) as taken,
            hold.state = 'dead' and renewed.is_new as revived,
            case when hold.state = 'dead' and renewed.is_new then 'released' else hold.state end as state,
@@ -91,19 +128,32 @@ with busy as materialized (
                coalesce(due.resource_id, absorbed.resource_id) as resource_id,
                due.tenant_id is not null as is_due, absorbed.event_ids
         from due
-        full join absorbed on absorbed.key_hash = due.key_hash and absorbed.tenant_id = due.tenant_id
+        full join (select * from absorbed where not cast(:log_order as boolean)) as absorbed
+          on absorbed.key_hash = due.key_hash and absorbed.tenant_id = due.tenant_id
          and absorbed.resource_type = due.resource_type and absorbed.resource_id = due.resource_id
     ) as found
     cross join lateral (
         select hold.*
         from {schema}.outbox_hold as hold
         where hold.backend_id = :backend_id and hold.key_hash = found.key_hash and hold.tenant_id = found.tenant_id
-          and hold.resource_type = found.resource_type and hold.resource_id = found.resource_id
+          and hold.resource_type = found.resource_type and hold.resource_id = found.resource_id and hold.page = 0
         offset 0
     ) as hold
+    left join lateral (
+        select behind.ctid as row_id, behind.event_ids
+        from {schema}.outbox_hold as behind
+        where behind.backend_id = :backend_id and behind.key_hash = found.key_hash
+          and behind.tenant_id = found.tenant_id and behind.resource_type = found.resource_type
+          and behind.resource_id = found.resource_id and behind.page > 0
+          and cardinality(hold.event_ids) <= cast(:batch_size as integer)
+        order by behind.page
+        limit 1
+    ) as next on true
     cross join lateral (
-        select found.event_ids is not null and not cast(:log_order as boolean) as is_new
+        select found.event_ids is not null as is_new
     ) as renewed
+), pulled as (
+    delete from {schema}.outbox_hold where ctid = any (array(select next_row_id from touched))
 ), share as materialized (
     select cast(greatest(1, (cast(:batch_size as integer) - (
                select count(*) from fresh where event_id not in (select unnest(event_ids) from absorbed)
@@ -127,7 +177,7 @@ with busy as materialized (
            state, attempts, lost, first_failed_at,
            case when revived and not taken then statement_timestamp() when not taken then next_attempt_at end
     from divided
-    on conflict (backend_id, key_hash, tenant_id, resource_type, resource_id) do update
+    on conflict (backend_id, key_hash, tenant_id, resource_type, resource_id, page) do update
     set event_ids = excluded.event_ids, owed_since = excluded.owed_since, state = excluded.state,
         attempts = excluded.attempts, lost = excluded.lost, first_failed_at = excluded.first_failed_at,
         next_attempt_at = excluded.next_attempt_at
@@ -139,7 +189,9 @@ with busy as materialized (
     select event_id, key_hash, lane
     from fresh where event_id not in (select unnest(event_ids) from absorbed)
 ), gone as (
-    delete from {schema}.outbox_delivery where ctid = any (array(select row_id from fresh))
+    delete from {schema}.outbox_delivery where ctid = any (
+        array(select row_id from fresh where event_id not in (select event_id from waiting))
+    )
 ), opened as (
     insert into {schema}.outbox_attempt
         (backend_id, relay_id, event_ids, key_hashes, lease_until, finished_at, superseded)
@@ -154,7 +206,20 @@ with busy as materialized (
 select opened.attempt_id, picked.lane, count(*) as events
 from opened cross join picked
 group by opened.attempt_id, picked.lane
+union all
+select null, fresh.lane, count(*)
+from fresh
+where fresh.event_id in (select unnest(event_ids) from absorbed)
+  and fresh.event_id not in (select event_id from waiting)
+group by fresh.lane
 """)
+
+
+class Resumed(NamedTuple):
+    """The attempt that was opened, None if nothing is due, and how many deliveries went into holds."""
+
+    attempt_id: int | None
+    absorbed: int
 
 
 async def resume(
@@ -168,8 +233,8 @@ async def resume(
     lanes: Lanes,
     lease: timedelta,
     alone: bool = False,
-) -> int | None:
-    """Open an attempt with up to `batch_size` events, those of due holds first; return its id, None if nothing is due.
+) -> Resumed:
+    """Open an attempt with up to `batch_size` events, those of due holds first, and let holds absorb what is theirs.
 
     Runs in the transaction of `take_turn`. Suspects are taken only `alone`, one at a time.
     """
@@ -181,6 +246,7 @@ async def resume(
         "log_order": turn.log_order,
         "alone": alone,
         "batch_size": 1 if alone else batch_size,
+        "page_size": PAGE,
         "lease": lease,
         "lanes": asked.lanes,
         "floors": asked.floors,
@@ -189,4 +255,5 @@ async def resume(
     rows = await connection.fetch(*RESUME.arguments(schema, parameters))
     if not alone:
         lanes.learn(asked, [row[1:] for row in rows], full=sum(row[2] for row in rows) >= batch_size)
-    return rows[0][0] if rows else None
+    attempt_id = next((row[0] for row in rows if row[0] is not None), None)
+    return Resumed(attempt_id, sum(row[2] for row in rows if row[0] is None))

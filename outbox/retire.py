@@ -68,7 +68,7 @@ with page as materialized (
     left join lateral (
         select hold.oldest_id, hold.attempts, hold.error_code from {schema}.outbox_hold as hold
         where hold.backend_id = :backend_id and hold.key_hash = event.key_hash and hold.tenant_id = event.tenant_id
-          and hold.resource_type = event.resource_type and hold.resource_id = event.resource_id
+          and hold.resource_type = event.resource_type and hold.resource_id = event.resource_id and hold.page = 0
         offset 0
     ) as hold on true
     group by event.key_hash, event.tenant_id, event.resource_type, event.resource_id

@@ -126,6 +126,9 @@ def _hold(tables: MetaData) -> Table:
         Column("tenant_id", KEY_TEXT, primary_key=True),
         Column("resource_type", KEY_TEXT, primary_key=True),
         Column("resource_id", KEY_TEXT, primary_key=True),
+        # In log order a key may owe more than a row should hold, which is written anew with every attempt: what comes
+        # after lies behind it, page by page, in rows that only have their events.
+        Column("page", Integer, primary_key=True, autoincrement=False, server_default="0"),
         # What the hold owes, in order; empty while an attempt has it in hand.
         Column("event_ids", ARRAY(BigInteger), nullable=False),
         # The lowest position the hold stands for: of its key nothing from there on is done, superseded or not.
@@ -141,7 +144,8 @@ def _hold(tables: MetaData) -> Table:
         Column("next_attempt_at", INSTANT),
         Column("error_code", Text),
         Column("error", Text),
-        CheckConstraint("state in ('released', 'retrying', 'dead')", name="outbox_hold_state_known"),
+        CheckConstraint("state in ('released', 'retrying', 'dead', 'behind')", name="outbox_hold_state_known"),
+        CheckConstraint("(state = 'behind') = (page > 0)", name="outbox_hold_page_behind"),
         CheckConstraint("length(error) <= 1024", name="outbox_hold_error_short"),
         CheckConstraint("attempts >= 0 and lost >= 0", name="outbox_hold_counts_not_negative"),
         CheckConstraint("state <> 'dead' or next_attempt_at is null", name="outbox_hold_dead_never_due"),

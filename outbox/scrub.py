@@ -77,7 +77,7 @@ with scrubbed as (
           cast(:tenant_id as text) || '/' || cast(:resource_type as text) || '/' || cast(:resource_id as text), 0
       )
       and hold.tenant_id = :tenant_id and hold.resource_type = :resource_type and hold.resource_id = :resource_id
-      and (hold.error is not null or [again])
+      and hold.page = 0 and (hold.error is not null or [again])
     returning hold.backend_id
 )
 select count(*) from scrubbed

@@ -157,7 +157,7 @@ async def claim_on(
     turn = await take_turn(connection, "public", backend_id)
     assert turn is not None
     relay_id = relay_id or uuid4()
-    attempt_id = await resume(
+    resumed = await resume(
         connection,
         "public",
         backend_id=backend_id,
@@ -167,7 +167,9 @@ async def claim_on(
         lanes=lanes or Lanes(),
         lease=lease,
     )
-    return None if attempt_id is None else await load_opened(connection, turn, backend_id, relay_id, attempt_id)
+    if resumed.attempt_id is None:
+        return None
+    return await load_opened(connection, turn, backend_id, relay_id, resumed.attempt_id)
 
 
 async def load_opened(

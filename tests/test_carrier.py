@@ -13,7 +13,7 @@ from sqlalchemy.ext.asyncio import AsyncEngine
 from outbox import Retry
 from outbox.carrier import Carrier
 from outbox.claim import claim
-from outbox.resume import resume
+from outbox.resume import Resumed, resume
 from tests.relaying import change, manager_of, running, write
 from tests.scripted import ScriptedSecondary
 from tests.waiting import eventually
@@ -66,7 +66,7 @@ async def test_a_look_at_holds_that_takes_long_is_rare_while_there_is_other_work
     """What is held in a long line must not slow the others down; when there are no others, nothing waits for it."""
     looks: list[tuple[str, float]] = []
 
-    async def looks_at_holds(*given: Any, **more: Any) -> int | None:
+    async def looks_at_holds(*given: Any, **more: Any) -> Resumed:
         looks.append(("holds", time.monotonic()))
         await asyncio.sleep(0.05)
         return await resume(*given, **more)

@@ -156,6 +156,14 @@ def a_paused_relay_that_writes_an_older_event_late() -> Tale:
 
 
 @fine
+def a_paused_relay_whose_call_comes_while_the_next_holder_has_one() -> Tale:
+    tale = Tale().write(state(1)).claim(1, 1, by="r1", lease=1).settle(1, by="r2", how="lost").claim(2, 1, by="r2")
+    tale.ask(state(1), call="now", caller="r2").apply(state(1), call="now").ask(state(1), call="late", caller="r1")
+    tale.say(said.Refused(backend_id=INDEX, call="late", positions=[1])).answer("late").answer("now")
+    return tale.settle(2, by="r2").end(state(1))
+
+
+@fine
 def a_slow_call_whose_deadline_passed() -> Tale:
     tale = Tale().write(state(1)).claim(1, 1).ask(state(1), call="slow", caller="r1").settle(1, how="retried")
     tale.claim(2, 1, by="r2").deliver(state(1), call="b", caller="r2").settle(2, by="r2")

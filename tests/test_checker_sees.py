@@ -195,6 +195,13 @@ def in_two_calls_at_once_when_a_third_has_ended() -> Tale:
 
 
 @bad("double-leased")
+def in_two_calls_at_once_of_which_one_loses_its_lease_later() -> Tale:
+    tale = Tale().write(state(1)).claim(1, 1, by="r1").claim(2, 1, by="r2", lease=1)
+    tale.ask(state(1), call="a", caller="r1").ask(state(1), call="b", caller="r2").apply(state(1), call="a")
+    return tale.answer("a").answer("b").settle(2, by="r1", how="lost").settle(1, by="r1").end(state(1))
+
+
+@bad("double-leased")
 def held_by_two_relays() -> Tale:
     return good().claim(1, 1, by="r1").claim(2, 1, by="r2").settle(1, "r1").settle(2, "r2").end(state(1))
 

@@ -312,7 +312,7 @@ async def take(
         parameters |= {"backend_id": "search", "turn": turn, "batch_size": batch_size}
         if resuming:
             resumed = await resume(connection, "public", **parameters)
-            opened = [resumed] if resumed else []
+            opened = [resumed.attempt_id] if resumed.attempt_id else []
         else:
             opened = await claim(connection, "public", **parameters, slots=slots)
         attempts = [await load_opened(connection, turn, "search", relay_id, attempt_id) for attempt_id in opened]
@@ -350,6 +350,7 @@ def question(lanes: Lanes, batch_size: int = 100) -> dict[str, Any]:
         "relay_id": uuid4(),
         "folded_through": 0,
         "batch_size": batch_size,
+        "page_size": 1_000,
         "slots": 1,
         "lease": timedelta(minutes=1),
         "log_order": False,

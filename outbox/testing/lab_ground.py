@@ -153,7 +153,7 @@ class Ground:
         turn = await take_turn(connection, _SCHEMA, self.faulty.backend_id)
         assert turn is not None, "nobody else claims here"
         terms: dict[str, Any] = {"turn": turn, "batch_size": 100, "lanes": Lanes(), "lease": _GONE}
-        attempt_id = await resume(connection, _SCHEMA, **names, **terms)
+        attempt_id = (await resume(connection, _SCHEMA, **names, **terms)).attempt_id
         assert attempt_id is not None, "what was committed just now is owed"
         loading: dict[str, Any] = {
             "log_order": turn.log_order,

@@ -67,7 +67,7 @@ class Hand:
         if self.taken is not None:
             terms = self._terms(self.taken) | {"alone": self.taken.suspects}
             found = await resume(self.connection, "public", **terms, lanes=self.lanes)
-            self.opened = [] if found is None else [found]
+            self.opened = [] if found.attempt_id is None else [found.attempt_id]
 
     async def seize(self, *positions: int) -> None:
         if self.taken is not None:

@@ -20,6 +20,8 @@ with owed as materialized (
 ), fetched as (
     delete from "public".outbox_delivery
     where backend_id = any (cast($1 as text[])) and event_id in (select event_id from numbered)
+), pulled as (
+    delete from "public".outbox_hold where backend_id = any (cast($1 as text[])) and page > 0
 ), held as (
     insert into "public".outbox_hold as hold
         (backend_id, tenant_id, resource_type, resource_id, key_hash, event_ids, oldest_id, owed_since, state,
@@ -32,7 +34,7 @@ with owed as materialized (
     join numbered on numbered.event_id = owed.event_id
     join "public".outbox as event on event.event_id = owed.event_id
     group by owed.backend_id, event.tenant_id, event.resource_type, event.resource_id
-    on conflict (backend_id, key_hash, tenant_id, resource_type, resource_id) do update
+    on conflict (backend_id, key_hash, tenant_id, resource_type, resource_id, page) do update
     set event_ids = excluded.event_ids
             || array(select later from unnest(hold.event_ids) as later where later > cast($2 as bigint)),
         oldest_id = least(hold.oldest_id, excluded.oldest_id), owed_since = least(hold.owed_since, excluded.owed_since)

@@ -21,7 +21,7 @@ with member as materialized (
     left join "public".outbox_hold as hold
       on hold.backend_id = secondary.backend_id and hold.key_hash = member.key_hash
      and hold.tenant_id = member.tenant_id and hold.resource_type = member.resource_type
-     and hold.resource_id = member.resource_id and hold.oldest_id <= member.event_id
+     and hold.resource_id = member.resource_id and hold.page = 0 and hold.oldest_id <= member.event_id
     left join "public".outbox_discarded as discarded
       on discarded.backend_id = secondary.backend_id and discarded.key_hash = member.key_hash
      and member.event_id between discarded.oldest_id and discarded.event_id

@@ -26,13 +26,15 @@ with busy as materialized (
     limit (select greatest(cast($4 as integer) - count(*), 0) from due)
 ), absorbed as materialized (
     select fresh.key_hash, hold.tenant_id, hold.resource_type, hold.resource_id,
-           array_agg(fresh.event_id order by fresh.event_id) as event_ids
+           array_agg(fresh.event_id order by fresh.event_id) as event_ids,
+           (fresh.key_hash, hold.tenant_id, hold.resource_type, hold.resource_id) in (select * from due) as is_due
     from fresh
     cross join lateral (
         select hold.tenant_id, hold.resource_type, hold.resource_id
         from "public".outbox_hold as hold
-        where hold.backend_id = $1 and hold.key_hash = fresh.key_hash
+        where hold.backend_id = $1 and hold.key_hash = fresh.key_hash and hold.page = 0
         offset 0
+        for update
     ) as hold
     cross join lateral (
         select from "public".outbox as event
@@ -41,10 +43,37 @@ with busy as materialized (
         offset 0
     ) as event
     group by fresh.key_hash, hold.tenant_id, hold.resource_type, hold.resource_id
+), last as materialized (
+    select absorbed.*, last.page, last.event_ids as so_far,
+           cardinality(last.event_ids) + cardinality(absorbed.event_ids) <= cast($8 as integer) as has_room
+    from absorbed
+    cross join lateral (
+        select hold.page, hold.event_ids
+        from "public".outbox_hold as hold
+        where hold.backend_id = $1 and hold.key_hash = absorbed.key_hash
+          and hold.tenant_id = absorbed.tenant_id and hold.resource_type = absorbed.resource_type
+          and hold.resource_id = absorbed.resource_id
+        order by hold.page desc
+        limit 1
+    ) as last
+    where cast($9 as boolean) and not absorbed.is_due
+), appended as (
+    insert into "public".outbox_hold as hold
+        (backend_id, key_hash, tenant_id, resource_type, resource_id, page, event_ids, oldest_id, owed_since, state)
+    select $1, last.key_hash, last.tenant_id, last.resource_type, last.resource_id,
+           case when has_room then last.page else last.page + 1 end,
+           case when has_room then last.so_far || last.event_ids else last.event_ids end, last.event_ids[1],
+           (select created_at from "public".outbox where event_id = last.event_ids[1]),
+           case when has_room and last.page = 0 then 'released' else 'behind' end
+    from last
+    on conflict (backend_id, key_hash, tenant_id, resource_type, resource_id, page) do update
+    set event_ids = excluded.event_ids
+), waiting as materialized (
+    select unnest(event_ids) as event_id from absorbed where cast($9 as boolean) and is_due
 ), touched as materialized (
     select hold.tenant_id, hold.resource_type, hold.resource_id, hold.key_hash, hold.next_attempt_at, hold.owed_since,
            hold.oldest_id,
-           hold.event_ids || coalesce(found.event_ids, '{}') as owed,
+           hold.event_ids || coalesce(found.event_ids, next.event_ids, '{}') as owed, next.row_id as next_row_id,
            found.is_due or (hold.state = 'dead' and renewed.is_new and not hold.alone) as taken,
            hold.state = 'dead' and renewed.is_new as revived,
            case when hold.state = 'dead' and renewed.is_new then 'released' else hold.state end as state,
@@ -58,19 +87,32 @@ with busy as materialized (
                coalesce(due.resource_id, absorbed.resource_id) as resource_id,
                due.tenant_id is not null as is_due, absorbed.event_ids
         from due
-        full join absorbed on absorbed.key_hash = due.key_hash and absorbed.tenant_id = due.tenant_id
+        full join (select * from absorbed where not cast($9 as boolean)) as absorbed
+          on absorbed.key_hash = due.key_hash and absorbed.tenant_id = due.tenant_id
          and absorbed.resource_type = due.resource_type and absorbed.resource_id = due.resource_id
     ) as found
     cross join lateral (
         select hold.*
         from "public".outbox_hold as hold
         where hold.backend_id = $1 and hold.key_hash = found.key_hash and hold.tenant_id = found.tenant_id
-          and hold.resource_type = found.resource_type and hold.resource_id = found.resource_id
+          and hold.resource_type = found.resource_type and hold.resource_id = found.resource_id and hold.page = 0
         offset 0
     ) as hold
+    left join lateral (
+        select behind.ctid as row_id, behind.event_ids
+        from "public".outbox_hold as behind
+        where behind.backend_id = $1 and behind.key_hash = found.key_hash
+          and behind.tenant_id = found.tenant_id and behind.resource_type = found.resource_type
+          and behind.resource_id = found.resource_id and behind.page > 0
+          and cardinality(hold.event_ids) <= cast($4 as integer)
+        order by behind.page
+        limit 1
+    ) as next on true
     cross join lateral (
-        select found.event_ids is not null and not cast($8 as boolean) as is_new
+        select found.event_ids is not null as is_new
     ) as renewed
+), pulled as (
+    delete from "public".outbox_hold where ctid = any (array(select next_row_id from touched))
 ), share as materialized (
     select cast(greatest(1, (cast($4 as integer) - (
                select count(*) from fresh where event_id not in (select unnest(event_ids) from absorbed)
@@ -79,9 +121,9 @@ with busy as materialized (
 ), divided as materialized (
     select touched.*,
            case when not taken then '{}'
-                when cast($8 as boolean) then owed[: share.events]
+                when cast($9 as boolean) then owed[: share.events]
                 else owed[cardinality(owed) :] end as going,
-           case when cast($8 as boolean) then owed[case when taken then share.events else 0 end + 1 :]
+           case when cast($9 as boolean) then owed[case when taken then share.events else 0 end + 1 :]
                 when taken then '{}'
                 else owed[cardinality(owed) :] end as staying
     from touched cross join share
@@ -94,25 +136,27 @@ with busy as materialized (
            state, attempts, lost, first_failed_at,
            case when revived and not taken then statement_timestamp() when not taken then next_attempt_at end
     from divided
-    on conflict (backend_id, key_hash, tenant_id, resource_type, resource_id) do update
+    on conflict (backend_id, key_hash, tenant_id, resource_type, resource_id, page) do update
     set event_ids = excluded.event_ids, owed_since = excluded.owed_since, state = excluded.state,
         attempts = excluded.attempts, lost = excluded.lost, first_failed_at = excluded.first_failed_at,
         next_attempt_at = excluded.next_attempt_at
 ), superseded as materialized (
-    select coalesce(sum(cardinality(owed) - 1), 0) as deliveries from touched where not cast($8 as boolean)
+    select coalesce(sum(cardinality(owed) - 1), 0) as deliveries from touched where not cast($9 as boolean)
 ), picked as materialized (
     select unnest(going) as event_id, key_hash, null as lane from divided
     union all
     select event_id, key_hash, lane
     from fresh where event_id not in (select unnest(event_ids) from absorbed)
 ), gone as (
-    delete from "public".outbox_delivery where ctid = any (array(select row_id from fresh))
+    delete from "public".outbox_delivery where ctid = any (
+        array(select row_id from fresh where event_id not in (select event_id from waiting))
+    )
 ), opened as (
     insert into "public".outbox_attempt
         (backend_id, relay_id, event_ids, key_hashes, lease_until, finished_at, superseded)
-    select $1, cast($9 as uuid),
+    select $1, cast($10 as uuid),
            coalesce(array_agg(event_id order by event_id), '{}'), coalesce(array_agg(distinct key_hash), '{}'),
-           clock_timestamp() + cast($10 as interval), case when count(*) = 0 then clock_timestamp() end,
+           clock_timestamp() + cast($11 as interval), case when count(*) = 0 then clock_timestamp() end,
            (select deliveries from superseded)
     from picked
     having count(*) > 0 or (select deliveries from superseded) > 0
@@ -121,3 +165,9 @@ with busy as materialized (
 select opened.attempt_id, picked.lane, count(*) as events
 from opened cross join picked
 group by opened.attempt_id, picked.lane
+union all
+select null, fresh.lane, count(*)
+from fresh
+where fresh.event_id in (select unnest(event_ids) from absorbed)
+  and fresh.event_id not in (select event_id from waiting)
+group by fresh.lane

@@ -11,7 +11,7 @@ with scrubbed as (
           cast($1 as text) || '/' || cast($2 as text) || '/' || cast($3 as text), 0
       )
       and hold.tenant_id = $1 and hold.resource_type = $2 and hold.resource_id = $3
-      and (hold.error is not null or hold.state = 'dead' or hold.state = 'retrying' and hold.next_attempt_at is not null)
+      and hold.page = 0 and (hold.error is not null or hold.state = 'dead' or hold.state = 'retrying' and hold.next_attempt_at is not null)
     returning hold.backend_id
 )
 select count(*) from scrubbed

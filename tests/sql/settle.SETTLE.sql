@@ -18,7 +18,7 @@ with closed as (
         where hold.backend_id = $9
           and hold.key_hash = hashtextextended(key.tenant_id || '/' || key.resource_type || '/' || key.resource_id, 0)
           and hold.tenant_id = key.tenant_id
-          and hold.resource_type = key.resource_type and hold.resource_id = key.resource_id
+          and hold.resource_type = key.resource_type and hold.resource_id = key.resource_id and hold.page = 0
         offset 0
     ) as hold
 ), resolved as (
@@ -47,7 +47,7 @@ with closed as (
         cast($26 as double precision[]), cast($27 as text[]), cast($28 as text[])
     ) as kept (tenant_id, resource_type, resource_id, event_ids, oldest_id, owed_since, state, attempts, lost, alone,
                delay, error_code, error)
-    on conflict (backend_id, key_hash, tenant_id, resource_type, resource_id) do update
+    on conflict (backend_id, key_hash, tenant_id, resource_type, resource_id, page) do update
     set event_ids = excluded.event_ids || hold.event_ids, oldest_id = excluded.oldest_id,
         owed_since = excluded.owed_since, state = excluded.state, attempts = excluded.attempts, lost = excluded.lost,
         alone = excluded.alone, next_attempt_at = excluded.next_attempt_at,

@@ -28,7 +28,7 @@ left join lateral (
     select hold.state, hold.attempts, hold.error_code from "public".outbox_hold as hold
     where hold.backend_id = asked.backend_id and hold.key_hash = event.key_hash and hold.tenant_id = event.tenant_id
       and hold.resource_type = event.resource_type and hold.resource_id = event.resource_id
-      and hold.oldest_id <= asked.event_id
+      and hold.page = 0 and hold.oldest_id <= asked.event_id
     offset 0
 ) as hold on true
 left join lateral (

@@ -12,7 +12,7 @@ select secondary.backend_id, secondary.status, secondary.ordering,
        greatest(statement_timestamp() - coalesce(secondary.looked_at, secondary.registered_at), interval '0')
            as silence, secondary.beyond,
        coalesce(fresh.event_ids, '{}') as pending, ahead.deliveries as ahead,
-       hold.state, hold.event_ids as positions, hold.attempts, hold.error_code, hold.error, hold.first_failed_at,
+       hold.state, hold.positions, hold.attempts, hold.error_code, hold.error, hold.first_failed_at,
        hold.last_failed_at, hold.next_attempt_at
 from "public".outbox_secondary as secondary cross join key
 cross join lateral (
@@ -36,9 +36,17 @@ cross join lateral (
     ) as delivery
 ) as ahead
 left join lateral (
-    select hold.* from "public".outbox_hold as hold
+    select hold.*, array(
+               select unnest(page.event_ids)
+               from "public".outbox_hold as page
+               where page.backend_id = secondary.backend_id and page.key_hash = key.key_hash
+                 and page.tenant_id = $1 and page.resource_type = $2
+                 and page.resource_id = $3
+               order by 1
+           ) as positions
+    from "public".outbox_hold as hold
     where hold.backend_id = secondary.backend_id and hold.key_hash = key.key_hash and hold.tenant_id = $1
-      and hold.resource_type = $2 and hold.resource_id = $3
+      and hold.resource_type = $2 and hold.resource_id = $3 and hold.page = 0
     offset 0
 ) as hold on true
 order by secondary.backend_id

@@ -50,7 +50,7 @@ def _calls(judge: Judgement, facts: Facts) -> None:
             judge.counts["one attempt"] += 1
             continue
         lost = evidence.lost(overlap.backend_id, earlier, later)
-        if lost:
+        if lost or evidence.came_late(overlap.backend_id, later, earlier):
             judge.counts["late calls of a lost lease"] += 1
         elif lost is None:
             judge.lacks("which attempts overlapping calls belong to")
@@ -189,6 +189,13 @@ class _Evidence:
             return True
         return False if leases else None
 
+    def came_late(self, backend_id: str, handed: Handed, other: Handed) -> bool:
+        """Whether a call began when its own lease had run out, beside the call of whoever held the key by then."""
+        leases, others = self._of(backend_id, handed), self._of(backend_id, other)
+        return any(_ran_out_before(lease, handed.call.asked) for lease in leases) or any(
+            _followed(lease, each) for lease in leases for each in others
+        )
+
     def _of(self, backend_id: str, handed: Handed) -> list[Lease]:
         leases = self._leases[backend_id, handed.position]
         return [lease for lease in leases if _fits(lease, handed.call)]
@@ -202,6 +209,10 @@ def _fits(lease: Lease, call: Call) -> bool:
 
 def _ended(lease: Lease, now: int) -> bool:
     return lease.was_lost or any(not each.counted or each.asked <= now for each in lease.closings)
+
+
+def _ran_out_before(lease: Lease, now: int) -> bool:
+    return any(each.counted and each.how == "lost" and each.asked <= now for each in lease.closings)
 
 
 def _followed(lease: Lease, other: Lease) -> bool:

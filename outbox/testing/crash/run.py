@@ -29,6 +29,7 @@ from outbox.testing.crash.numbers import reached, short
 from outbox.testing.crash.nursery import Nursery
 from outbox.testing.crash.plan import Strike, plan
 from outbox.testing.crash.roles import registrations
+from outbox.testing.crash.sweep import sweep
 from outbox.testing.crash.terms import SPARED, Terms, config_of, engine_of
 from outbox.testing.crash.wire import Request, ask
 from outbox.testing.crash.writing import create_items, track_items
@@ -71,6 +72,8 @@ async def run(terms: Terms) -> tuple[Report, list[str]]:
         history = running.enter_context(History(terms.history, process="harness", role="harness"))
         nursery = await running.enter_async_context(Nursery(terms))
         await _prepare(terms, nursery)
+        sweeping = asyncio.create_task(sweep(server.dsn(driver="postgresql")))
+        running.callback(sweeping.cancel)
         if terms.prunes:
             history.write(Pruned())
         people = Population(terms, nursery)
