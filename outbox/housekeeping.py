@@ -18,6 +18,10 @@ _log = logging.getLogger("outbox.relay")
 
 # Of the time that events are kept: what was owed when it was passed by is kept by as much longer.
 _BEGIN_ANEW_SHARE = 1 / 6
+# What is owed and old may be much: to walk through all of it takes one of so many parts of the time.
+_PART = 20
+# Of the time between two rounds, at most: relays also carry.
+_ROUND_SHARE = 1 / 4
 # Of comparisons there are few, and no index of their age.
 _COMPARED_EVERY = 60.0
 
@@ -39,7 +43,7 @@ class Housekeeper:
         self._attempts: dict[str, int] = {}
         self._anew_every = _BEGIN_ANEW_SHARE * config.keep_events.total_seconds()
         self._anew_at = time.monotonic() + self._anew_every
-        self._until = self._compared_at = 0.0
+        self._until = self._compared_at = self._walked_for = 0.0
 
     async def keep_tidy(self) -> None:
         """Tidy every `prune_interval`, for ever."""
@@ -48,11 +52,11 @@ class Housekeeper:
             await self.tidy()
 
     async def tidy(self) -> None:
-        """Fold finished attempts into the totals, and prune for at most `prune_interval`.
+        """Fold finished attempts into the totals, and prune for at most a quarter of `prune_interval`.
 
         What the primary fails is tried again the next time, and keeps nothing else from being done.
         """
-        self._until = time.monotonic() + self._config.prune_interval.total_seconds()
+        self._until = time.monotonic() + _ROUND_SHARE * self._config.prune_interval.total_seconds()
         steps: list[Callable[[], Awaitable[None]]] = [carrier.tidy for carrier in self._carriers]
         for step in (*steps, self._prune_attempts, self._prune_notes, self._prune_events):
             try:
@@ -79,14 +83,16 @@ class Housekeeper:
                 after = await prune_discarded(connection, self._schema, keep, after)
 
     async def _prune_events(self) -> None:
+        started = time.monotonic()
         async with self._primary.connection() as connection:
             more = True
             while more:
                 walked = await prune_events(connection, self._schema, self._config.keep_events, self._event)
                 self._event, more = walked.through, walked.more and self._has_time()
+        self._walked_for += time.monotonic() - started
         if not walked.more and time.monotonic() >= self._anew_at:
-            self._event, self._attempts = 0, {}
-            self._anew_at = time.monotonic() + self._anew_every
+            self._anew_at = time.monotonic() + max(self._anew_every, _PART * self._walked_for)
+            self._event, self._attempts, self._walked_for = 0, {}, 0.0
 
     def _has_time(self) -> bool:
         return time.monotonic() < self._until

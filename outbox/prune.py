@@ -85,7 +85,13 @@ with busy as materialized (
     from {schema}.outbox_attempt as attempt
     where attempt.backend_id = :backend_id and attempt.attempt_id > :folded_through and attempt.finished_at is null
 ), stray as materialized (
-    select hold.ctid as row_id, hold.event_ids = '{}' as owes_nothing
+    select hold.ctid as row_id, hold.event_ids = '{}' and not exists (
+               select from {schema}.outbox_hold as behind
+               where behind.backend_id = :backend_id and behind.key_hash = hold.key_hash
+                 and behind.tenant_id = hold.tenant_id and behind.resource_type = hold.resource_type
+                 and behind.resource_id = hold.resource_id and behind.page > 0
+               offset 0
+           ) as owes_nothing
     from {schema}.outbox_hold as hold
     where hold.backend_id = :backend_id and hold.next_attempt_at is null and hold.state <> 'dead'
       and hold.key_hash not in (select key_hash from busy)
@@ -143,13 +149,16 @@ with head as materialized (
           and attempt.finished_at is null
     ) as attempt
     union all
-    -- By key and not by event: what a key owes in log order may be long.
+    -- By key and not by event, and of a long line only the pages that are about these.
     select hold.event_id
-    from (select distinct key_hash from page) as key cross join secondary
+    from (
+        select key_hash, min(event_id) as first_id, max(event_id) as last_id from page group by key_hash
+    ) as key cross join secondary
     cross join lateral (
         select unnest(hold.event_ids) as event_id
         from {schema}.outbox_hold as hold
         where hold.backend_id = secondary.backend_id and hold.key_hash = key.key_hash
+          and hold.oldest_id <= key.last_id and hold.event_ids[cardinality(hold.event_ids)] >= key.first_id
         offset 0
     ) as hold
 ), gone as (

@@ -27,11 +27,10 @@ PAGE = 1_000
 # fresh     deliveries from each lane in turn, from its floor, in position order
 # absorbed  what of fresh belongs to a key that is held back
 # last      log order: where it goes, which is behind all that the key owes already
-# appended  ... on a page with room or on a new one, so that a long line is never written anew for what joins it
-# waiting   ... unless the key is due: then it stays where it is until the key is in hand or held again
+# appended  ... on a page with room or on a new one, so that a long line is never written anew for what joins it; of a
+#           key that is due the hold itself changes here, and the next page may move in: neither is appended to
 # touched   holds that are due or, in state order, absorb something: there the newer event has all its attempts before
-#           it, and revives a dead key; in log order, with their next page unless more than a batch is left: as long
-#           as there are pages, something stays
+#           it, and revives a dead key; in log order, with their next page unless more than a batch is left
 # pulled    ... which is no page any more
 # share     log order: how many events of each taken hold fit into the batch
 # divided   what goes out now and what stays; in state order only the newest event of a key does either
@@ -73,20 +72,26 @@ with busy as materialized (
     cross join lateral (
         select hold.tenant_id, hold.resource_type, hold.resource_id
         from {schema}.outbox_hold as hold
-        where hold.backend_id = :backend_id and hold.key_hash = fresh.key_hash and hold.page = 0
-        offset 0
+        where hold.backend_id = :backend_id and hold.key_hash = fresh.key_hash
+          and (hold.tenant_id, hold.resource_type, hold.resource_id) = (
+              select event.tenant_id, event.resource_type, event.resource_id
+              from {schema}.outbox as event where event.event_id = fresh.event_id
+          )
+        order by hold.page
+        limit 1
         for update
     ) as hold
-    cross join lateral (
-        select from {schema}.outbox as event
-        where event.event_id = fresh.event_id and event.tenant_id = hold.tenant_id
-          and event.resource_type = hold.resource_type and event.resource_id = hold.resource_id
-        offset 0
-    ) as event
     group by fresh.key_hash, hold.tenant_id, hold.resource_type, hold.resource_id
 ), last as materialized (
     select absorbed.*, last.page, last.event_ids as so_far,
-           cardinality(last.event_ids) + cardinality(absorbed.event_ids) <= cast(:page_size as integer) as has_room
+           cardinality(last.event_ids) + cardinality(absorbed.event_ids) <= cast(:page_size as integer)
+               and (not absorbed.is_due or exists (
+                   select from {schema}.outbox_hold as next
+                   where next.backend_id = :backend_id and next.key_hash = absorbed.key_hash
+                     and next.tenant_id = absorbed.tenant_id and next.resource_type = absorbed.resource_type
+                     and next.resource_id = absorbed.resource_id and next.page between 1 and last.page - 1
+                   offset 0
+               )) as has_room
     from absorbed
     cross join lateral (
         select hold.page, hold.event_ids
@@ -97,7 +102,7 @@ with busy as materialized (
         order by hold.page desc
         limit 1
     ) as last
-    where cast(:log_order as boolean) and not absorbed.is_due
+    where cast(:log_order as boolean)
 ), appended as (
     insert into {schema}.outbox_hold as hold
         (backend_id, key_hash, tenant_id, resource_type, resource_id, page, event_ids, oldest_id, owed_since, state)
@@ -109,8 +114,6 @@ with busy as materialized (
     from last
     on conflict (backend_id, key_hash, tenant_id, resource_type, resource_id, page) do update
     set event_ids = excluded.event_ids
-), waiting as materialized (
-    select unnest(event_ids) as event_id from absorbed where cast(:log_order as boolean) and is_due
 ), touched as materialized (
     select hold.tenant_id, hold.resource_type, hold.resource_id, hold.key_hash, hold.next_attempt_at, hold.owed_since,
            hold.oldest_id,
@@ -189,9 +192,7 @@ with busy as materialized (
     select event_id, key_hash, lane
     from fresh where event_id not in (select unnest(event_ids) from absorbed)
 ), gone as (
-    delete from {schema}.outbox_delivery where ctid = any (
-        array(select row_id from fresh where event_id not in (select event_id from waiting))
-    )
+    delete from {schema}.outbox_delivery where ctid = any (array(select row_id from fresh))
 ), opened as (
     insert into {schema}.outbox_attempt
         (backend_id, relay_id, event_ids, key_hashes, lease_until, finished_at, superseded)
@@ -210,7 +211,6 @@ union all
 select null, fresh.lane, count(*)
 from fresh
 where fresh.event_id in (select unnest(event_ids) from absorbed)
-  and fresh.event_id not in (select event_id from waiting)
 group by fresh.lane
 """)
 

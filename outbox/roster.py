@@ -66,7 +66,10 @@ select (
            from {schema}.outbox_attempt as attempt cross join lateral unnest(attempt.event_ids) as owed (event_id)
            where attempt.backend_id = :backend_id and attempt.finished_at is null
              and owed.event_id <= cast(:through as bigint)
-       ) + count(*) filter (where hold.state in ('released', 'retrying') and hold.event_ids <> '{}') as coming,
+       ) + count(*) filter (
+           where hold.state in ('released', 'retrying')
+             and (hold.event_ids <> '{}' or hold.next_attempt_at is not null)
+       ) as coming,
        count(*) filter (where hold.state = 'dead') as dead
 from {schema}.outbox_hold as hold
 where hold.backend_id = :backend_id and hold.oldest_id <= cast(:through as bigint)

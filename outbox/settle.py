@@ -33,7 +33,7 @@ returning attempt.attempt_id
 """)
 
 # closed    the fence: only the holder of the lease, or anybody once it ran out, and only once
-# done      the holds of keys of which all that was in hand is done
+# done      the holds of keys of which all that was in hand is done, and what is next of what lies in them or behind
 # resolved  ... that owe nothing more
 # eased     ... or, in log order, did not fit into the attempt: the rest is due at once
 # held      keys that are held back from now on; what they still owed stays behind what failed
@@ -48,12 +48,20 @@ with closed as (
            or cast(:expired as boolean) and attempt.lease_until < statement_timestamp())
     returning attempt.attempt_id
 ), done as materialized (
-    select hold.row_id, hold.event_ids = '{}' as owes_nothing
+    select hold.row_id, hold.next_id
     from closed cross join unnest(
         cast(:done_tenant_ids as text[]), cast(:done_resource_types as text[]), cast(:done_resource_ids as text[])
     ) as key (tenant_id, resource_type, resource_id)
     cross join lateral (
-        select hold.ctid as row_id, hold.event_ids
+        select hold.ctid as row_id, coalesce(hold.event_ids[1], (
+            select behind.oldest_id
+            from {schema}.outbox_hold as behind
+            where behind.backend_id = :backend_id and behind.key_hash = hold.key_hash
+              and behind.tenant_id = hold.tenant_id and behind.resource_type = hold.resource_type
+              and behind.resource_id = hold.resource_id and behind.page > 0
+            order by behind.page
+            limit 1
+        )) as next_id
         from {schema}.outbox_hold as hold
         where hold.backend_id = :backend_id
           and hold.key_hash = hashtextextended(key.tenant_id || '/' || key.resource_type || '/' || key.resource_id, 0)
@@ -62,12 +70,12 @@ with closed as (
         offset 0
     ) as hold
 ), resolved as (
-    delete from {schema}.outbox_hold where ctid = any (array(select row_id from done where owes_nothing))
+    delete from {schema}.outbox_hold where ctid = any (array(select row_id from done where next_id is null))
 ), eased as (
     update {schema}.outbox_hold
     set state = 'released', attempts = 0, lost = 0, alone = false, next_attempt_at = statement_timestamp(),
-        oldest_id = event_ids[1]
-    where ctid = any (array(select row_id from done where not owes_nothing))
+        oldest_id = (select next_id from done where row_id = outbox_hold.ctid)
+    where ctid = any (array(select row_id from done where next_id is not null))
 ), held as (
     insert into {schema}.outbox_hold as hold
         (backend_id, tenant_id, resource_type, resource_id, key_hash, event_ids, oldest_id, owed_since, state, attempts,

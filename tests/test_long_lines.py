@@ -111,6 +111,29 @@ async def test_it_fails_on_its_way_and_nothing_passes(
     assert [event.position for event in archive.history[before:]] == await positions(primary)
 
 
+async def test_what_joins_a_hold_as_its_last_event_goes_out_goes_next(
+    primary: AsyncEngine, archive: ScriptedSecondary
+) -> None:
+    manager = manager_of(
+        primary, Registration(archive, ordering="log"), prune_interval=60, retry_initial=60, retry_max=60
+    )
+    await manager.register()
+    await write(manager, change("long"))
+    async with running(manager.relay()):
+        await eventually(lambda: failing(manager))
+    archive.heal("long")
+    await write(manager, *(change("long", number) for number in range(1, 5)))
+    await execute(primary, "update outbox_hold set next_attempt_at = now()")
+    async with running(manager.relay()):
+        await eventually(lambda: nothing_owed(primary))
+    assert [event.position for event in archive.history] == await positions(primary)
+    assert await value(primary, "select count(*) from outbox_hold") == 0
+
+
+async def failing(manager: SyncManager) -> bool:
+    return bool(await manager.failures())
+
+
 async def test_dead_it_waits_for_somebody_and_is_driven_again_as_a_whole(
     primary: AsyncEngine, archive: ScriptedSecondary
 ) -> None:

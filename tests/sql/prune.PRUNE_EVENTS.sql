@@ -32,13 +32,16 @@ with head as materialized (
           and attempt.finished_at is null
     ) as attempt
     union all
-    -- By key and not by event: what a key owes in log order may be long.
+    -- By key and not by event, and of a long line only the pages that are about these.
     select hold.event_id
-    from (select distinct key_hash from page) as key cross join secondary
+    from (
+        select key_hash, min(event_id) as first_id, max(event_id) as last_id from page group by key_hash
+    ) as key cross join secondary
     cross join lateral (
         select unnest(hold.event_ids) as event_id
         from "public".outbox_hold as hold
         where hold.backend_id = secondary.backend_id and hold.key_hash = key.key_hash
+          and hold.oldest_id <= key.last_id and hold.event_ids[cardinality(hold.event_ids)] >= key.first_id
         offset 0
     ) as hold
 ), gone as (

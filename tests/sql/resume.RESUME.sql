@@ -32,20 +32,26 @@ with busy as materialized (
     cross join lateral (
         select hold.tenant_id, hold.resource_type, hold.resource_id
         from "public".outbox_hold as hold
-        where hold.backend_id = $1 and hold.key_hash = fresh.key_hash and hold.page = 0
-        offset 0
+        where hold.backend_id = $1 and hold.key_hash = fresh.key_hash
+          and (hold.tenant_id, hold.resource_type, hold.resource_id) = (
+              select event.tenant_id, event.resource_type, event.resource_id
+              from "public".outbox as event where event.event_id = fresh.event_id
+          )
+        order by hold.page
+        limit 1
         for update
     ) as hold
-    cross join lateral (
-        select from "public".outbox as event
-        where event.event_id = fresh.event_id and event.tenant_id = hold.tenant_id
-          and event.resource_type = hold.resource_type and event.resource_id = hold.resource_id
-        offset 0
-    ) as event
     group by fresh.key_hash, hold.tenant_id, hold.resource_type, hold.resource_id
 ), last as materialized (
     select absorbed.*, last.page, last.event_ids as so_far,
-           cardinality(last.event_ids) + cardinality(absorbed.event_ids) <= cast($8 as integer) as has_room
+           cardinality(last.event_ids) + cardinality(absorbed.event_ids) <= cast($8 as integer)
+               and (not absorbed.is_due or exists (
+                   select from "public".outbox_hold as next
+                   where next.backend_id = $1 and next.key_hash = absorbed.key_hash
+                     and next.tenant_id = absorbed.tenant_id and next.resource_type = absorbed.resource_type
+                     and next.resource_id = absorbed.resource_id and next.page between 1 and last.page - 1
+                   offset 0
+               )) as has_room
     from absorbed
     cross join lateral (
         select hold.page, hold.event_ids
@@ -56,7 +62,7 @@ with busy as materialized (
         order by hold.page desc
         limit 1
     ) as last
-    where cast($9 as boolean) and not absorbed.is_due
+    where cast($9 as boolean)
 ), appended as (
     insert into "public".outbox_hold as hold
         (backend_id, key_hash, tenant_id, resource_type, resource_id, page, event_ids, oldest_id, owed_since, state)
@@ -68,8 +74,6 @@ with busy as materialized (
     from last
     on conflict (backend_id, key_hash, tenant_id, resource_type, resource_id, page) do update
     set event_ids = excluded.event_ids
-), waiting as materialized (
-    select unnest(event_ids) as event_id from absorbed where cast($9 as boolean) and is_due
 ), touched as materialized (
     select hold.tenant_id, hold.resource_type, hold.resource_id, hold.key_hash, hold.next_attempt_at, hold.owed_since,
            hold.oldest_id,
@@ -148,9 +152,7 @@ with busy as materialized (
     select event_id, key_hash, lane
     from fresh where event_id not in (select unnest(event_ids) from absorbed)
 ), gone as (
-    delete from "public".outbox_delivery where ctid = any (
-        array(select row_id from fresh where event_id not in (select event_id from waiting))
-    )
+    delete from "public".outbox_delivery where ctid = any (array(select row_id from fresh))
 ), opened as (
     insert into "public".outbox_attempt
         (backend_id, relay_id, event_ids, key_hashes, lease_until, finished_at, superseded)
@@ -169,5 +171,4 @@ union all
 select null, fresh.lane, count(*)
 from fresh
 where fresh.event_id in (select unnest(event_ids) from absorbed)
-  and fresh.event_id not in (select event_id from waiting)
 group by fresh.lane
