@@ -232,7 +232,7 @@ class Carrier:
         found = await expired(connection, schema, backend_id, turn.folded_through, log_order=turn.log_order)
         return [attempt for attempt in found if attempt.attempt_id not in self.hands.attempt_ids]
 
-    async def _claim_in_turn(self, connection: asyncpg.Connection[Any], turn: Turn, slots: int) -> list[Opened]:
+    async def _claim_in_turn(self, connection: asyncpg.Connection[Any], turn: Turn, slots: int) -> list[Opened] | None:
         room = allowance(turn, self._config.batch_size)
         self._mind_strain(turn)
         if room == 0 or (self.hands.strained and self.hands.attempt_ids):
@@ -257,11 +257,13 @@ class Carrier:
             resumed = await resume(connection, schema, **parameters, alone=self._alone)
             took = time.monotonic() - now
             self._resume_at = now + min(max(_RESUME_EVERY, took * _RESUME_PART), _RESUME_LATEST)
-            if resumed.absorbed * 2 >= room:
-                # A long line at once: until holds have it, every claim walks past it.
-                self._resume_at = now
             attempts = [Opened(resumed.attempt_id, turn.log_order, held=True)] if resumed.attempt_id else []
             self._alone_out = self._alone and bool(attempts)
+            if resumed.absorbed * 2 >= room:
+                # A long line at once: until holds have it, every claim would walk past it.
+                self._resume_at = 0.0
+                self.ring()
+                return attempts or None
         if not attempts:
             opened = await claim(connection, schema, **parameters, slots=1 if self.hands.strained else slots)
             attempts = [Opened(attempt_id, turn.log_order, held=False) for attempt_id in opened]
@@ -275,10 +277,7 @@ class Carrier:
         self.hands.strained = turn.breaker != "closed" or turn.breaker_failures > 0 or turn.breaker_ramp is not None
 
     async def _worthwhile_room(self) -> int:
-        """Wait for half of the slots to be free: claims share their fixed cost among the slots they fill.
-
-        For as long as the last claim took, at most: it cannot cost more than it saves.
-        """
+        """Wait for half of the slots, which share a claim's fixed cost, for as long as the last claim took at most."""
         patience = min(max(self._took, _SHORTEST_SLEEP), _LONGEST_PATIENCE)
         enough, deadline = self._config.attempts_in_flight // 2, time.monotonic() + patience
         while 0 < self._room() < enough and (left := deadline - time.monotonic()) > 0:

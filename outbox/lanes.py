@@ -57,8 +57,21 @@ class Lanes:
     def __init__(self) -> None:
         self.floors = [0] * LANES
         self._busy: set[int] = set()
+        # Where holds absorbed something last time: there may be a long line of it, and they are to have it soon.
+        self.lined: set[int] = set()
         self._first = 0
         self.mark: tuple[int, int] | None = None
+
+    def lined_first(self, batch_size: int) -> Asked:
+        """Split a batch of which holds absorb what is theirs: a lane where they did comes first, and may fill it."""
+        asked = self.shares(batch_size)
+        parts = zip(asked.lanes, asked.floors, asked.shares, strict=True)
+        turns = sorted(parts, key=lambda part: part[0] not in self.lined)
+        return Asked(
+            [lane for lane, _, _ in turns],
+            [floor for _, floor, _ in turns],
+            [batch_size if lane in self.lined else share for lane, _, share in turns],
+        )
 
     def shares(self, batch_size: int) -> Asked:
         """Split a batch: lanes that were full last time share it, the others may show that they are not empty.

@@ -238,7 +238,7 @@ async def resume(
 
     Runs in the transaction of `take_turn`. Suspects are taken only `alone`, one at a time.
     """
-    asked = lanes.shares(0 if alone else batch_size)
+    asked = lanes.lined_first(0 if alone else batch_size)
     parameters = {
         "backend_id": backend_id,
         "relay_id": relay_id,
@@ -254,6 +254,7 @@ async def resume(
     }
     rows = await connection.fetch(*RESUME.arguments(schema, parameters))
     if not alone:
+        lanes.lined = {row[1] for row in rows if row[0] is None}
         lanes.learn(asked, [row[1:] for row in rows], full=sum(row[2] for row in rows) >= batch_size)
     attempt_id = next((row[0] for row in rows if row[0] is not None), None)
     return Resumed(attempt_id, sum(row[2] for row in rows if row[0] is None))
