@@ -30,7 +30,8 @@ PAGE = 1_000
 # appended  ... on a page with room or on a new one, so that a long line is never written anew for what joins it; of a
 #           key that is due the hold itself changes here, and the next page may move in: neither is appended to
 # touched   holds that are due or, in state order, absorb something: there the newer event has all its attempts before
-#           it, and revives a dead key; in log order, with their next page unless more than a batch is left
+#           it, and revives a dead key; in log order, with their next page unless more than a batch is left (in state
+#           order there are none, unless it was log order before)
 # pulled    ... which is no page any more
 # share     log order: how many events of each taken hold fit into the batch
 # divided   what goes out now and what stays; in state order only the newest event of a key does either
@@ -45,7 +46,7 @@ with busy as materialized (
 ), due as materialized (
     select hold.key_hash, hold.tenant_id, hold.resource_type, hold.resource_id
     from {schema}.outbox_hold as hold
-    where hold.backend_id = :backend_id and hold.alone = cast(:alone as boolean)
+    where hold.backend_id = :backend_id and hold.page = 0 and hold.alone = cast(:alone as boolean)
       and hold.next_attempt_at <= statement_timestamp() and hold.key_hash not in (select key_hash from busy)
     order by hold.next_attempt_at
     limit cast(:batch_size as integer)
@@ -117,7 +118,7 @@ with busy as materialized (
 ), touched as materialized (
     select hold.tenant_id, hold.resource_type, hold.resource_id, hold.key_hash, hold.next_attempt_at, hold.owed_since,
            hold.oldest_id,
-           hold.event_ids || coalesce(found.event_ids, next.event_ids, '{}') as owed, next.row_id as next_row_id,
+           hold.event_ids || next.event_ids || coalesce(found.event_ids, '{}') as owed, next.row_ids as next_row_ids,
            found.is_due or (hold.state = 'dead' and renewed.is_new and not hold.alone) as taken,
            hold.state = 'dead' and renewed.is_new as revived,
            case when hold.state = 'dead' and renewed.is_new then 'released' else hold.state end as state,
@@ -142,21 +143,28 @@ with busy as materialized (
           and hold.resource_type = found.resource_type and hold.resource_id = found.resource_id and hold.page = 0
         offset 0
     ) as hold
-    left join lateral (
-        select behind.ctid as row_id, behind.event_ids
-        from {schema}.outbox_hold as behind
-        where behind.backend_id = :backend_id and behind.key_hash = found.key_hash
-          and behind.tenant_id = found.tenant_id and behind.resource_type = found.resource_type
-          and behind.resource_id = found.resource_id and behind.page > 0
-          and cardinality(hold.event_ids) <= cast(:batch_size as integer)
-        order by behind.page
-        limit 1
-    ) as next on true
+    cross join lateral (
+        select coalesce(array_agg(behind.row_id), '{}') as row_ids,
+               array(
+                   select unnest(each.event_ids) from {schema}.outbox_hold as each
+                   where each.ctid = any (array_agg(behind.row_id)) order by 1
+               ) as event_ids
+        from (
+            select behind.ctid as row_id
+            from {schema}.outbox_hold as behind
+            where behind.backend_id = :backend_id and behind.key_hash = found.key_hash
+              and behind.tenant_id = found.tenant_id and behind.resource_type = found.resource_type
+              and behind.resource_id = found.resource_id and behind.page > 0
+              and not (cast(:log_order as boolean) and cardinality(hold.event_ids) > cast(:batch_size as integer))
+            order by behind.page
+            limit case when cast(:log_order as boolean) then 1 end
+        ) as behind
+    ) as next
     cross join lateral (
         select found.event_ids is not null as is_new
     ) as renewed
 ), pulled as (
-    delete from {schema}.outbox_hold where ctid = any (array(select next_row_id from touched))
+    delete from {schema}.outbox_hold where ctid = any (array(select unnest(next_row_ids) from touched))
 ), share as materialized (
     select cast(greatest(1, (cast(:batch_size as integer) - (
                select count(*) from fresh where event_id not in (select unnest(event_ids) from absorbed)

@@ -75,6 +75,8 @@ async def test_once_it_is_taken_it_arrives_in_order_and_leaves_nothing(
     manager = await a_long_line(primary, archive)
     archive.heal("long")
     before = len(archive.history)
+    # A hand that means well.
+    await execute(primary, "update outbox_hold set next_attempt_at = now()")
     await write(manager, change("other"), change("long", EVENTS))
     async with running(manager.relay()):
         await eventually(lambda: nothing_owed(primary))
@@ -179,6 +181,23 @@ async def test_whoever_waits_for_any_of_it_is_told_that_it_fails(
     token = SyncToken.of(transaction, stamp, [(position, ["archive"])])
     answer = await manager.wait_for_sync(token, timeout=0)
     assert answer["archive"].state is SyncState.FAILING
+
+
+async def test_a_secondary_that_wants_the_newest_only_from_now_on_gets_the_newest(
+    primary: AsyncEngine, archive: ScriptedSecondary
+) -> None:
+    await a_long_line(primary, archive)
+    archive.heal("long")
+    manager = manager_of(primary, Registration(archive, ordering="state"), batch_size=BATCH, prune_interval=60)
+    await manager.register()
+    before = len(archive.history)
+    await write(manager, change("long", EVENTS))
+    async with running(manager.relay()):
+        await eventually(lambda: nothing_owed(primary))
+    assert [event.position for event in archive.history[before:]] == (await positions(primary))[-1:]
+    status = await manager.backend_status("archive")
+    assert status.applied + status.superseded == EVENTS + 1
+    assert await value(primary, "select count(*) from outbox_hold") == 0
 
 
 async def test_pruning_keeps_all_of_it(primary: AsyncEngine, archive: ScriptedSecondary) -> None:

@@ -225,9 +225,12 @@ class Ground:
 
     async def holds(self) -> dict[tuple[str, Key], tuple[Any, ...]]:
         sql = """
-        select backend_id, tenant_id, resource_id, event_ids, state, next_attempt_at <= now() as due, attempts, lost,
-               alone
-        from outbox_hold
+        select backend_id, tenant_id, resource_id, array(
+                   select unnest(page.event_ids) from outbox_hold as page
+                   where page.backend_id = hold.backend_id and page.key_hash = hold.key_hash order by 1
+               ), state, next_attempt_at <= now() as due, attempts, lost, alone
+        from outbox_hold as hold
+        where page = 0
         """
         return {(row[0], tuple(row[1:3])): tuple(row[3:]) for row in await self.looking.fetch(sql)}
 
