@@ -19,14 +19,19 @@ where state <> 'dead' and event_ids <> '{}'
 
 # A dead event, and in log order what came after it, is nobody's to deliver.
 _OWED = """
-select pending - coalesce((select sum(cardinality(event_ids)) from outbox_hold where state = 'dead'), 0) as owed,
-       in_flight
+select pending - coalesce((
+           select sum(cardinality(event_ids)) from outbox_hold
+           where key_hash in (select key_hash from outbox_hold where state = 'dead')
+       ), 0) as owed, in_flight
 from outbox_lag
 """
 
 _NEWEST = """
 select distinct on (tenant_id, resource_id) resource_id, event_id, cast(content as text) as content,
-       exists (select from outbox_hold where state = 'dead' and event_id = any (event_ids)) as dead
+       exists (
+           select from outbox_hold
+           where key_hash in (select key_hash from outbox_hold where state = 'dead') and event_id = any (event_ids)
+       ) as dead
 from outbox order by tenant_id, resource_id, event_id desc
 """
 

@@ -5,7 +5,7 @@ with busy as materialized (
 ), due as materialized (
     select hold.key_hash, hold.tenant_id, hold.resource_type, hold.resource_id
     from "public".outbox_hold as hold
-    where hold.backend_id = $1 and hold.page = 0 and hold.alone = cast($3 as boolean)
+    where hold.backend_id = $1 and hold.alone = cast($3 as boolean) and hold.state <> 'behind'
       and hold.next_attempt_at <= statement_timestamp() and hold.key_hash not in (select key_hash from busy)
     order by hold.next_attempt_at
     limit cast($4 as integer)

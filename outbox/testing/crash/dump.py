@@ -24,7 +24,7 @@ _PATIENCE = timedelta(seconds=2)
 OWED = Statement("""
 select (select count(*) from {schema}.outbox_delivery)
      + (select count(*) from {schema}.outbox_attempt where finished_at is null)
-     + (select count(*) from {schema}.outbox_hold where state <> 'dead')
+     + (select count(*) from {schema}.outbox_hold where state in ('released', 'retrying'))
 """)
 
 

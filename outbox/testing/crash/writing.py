@@ -42,7 +42,7 @@ on conflict (tenant_id, resource_id) do update set content = excluded.content
 _MOST_OWED = 1_000
 _OWED = text("""
 select (select count(*) from (select from public.outbox_delivery limit :most) as owed)
-     + (select count(*) from public.outbox_hold where state <> 'dead')
+     + (select count(*) from public.outbox_hold where state in ('released', 'retrying'))
 """)
 _OF_BULK = text("select event_id, resource_id from public.outbox where bulk_id = :bulk_id")
 
