@@ -19,9 +19,9 @@ _log = logging.getLogger("outbox.relay")
 # Of the time that events are kept: what was owed when it was passed by is kept by as much longer.
 _BEGIN_ANEW_SHARE = 1 / 6
 # What is owed and old may be much: to walk through all of it takes one of so many parts of the time.
-_PART = 20
+_PART = 4
 # Of the time between two rounds, at most: relays also carry.
-_ROUND_SHARE = 1 / 4
+_ROUND_SHARE = 1 / 2
 # Of comparisons there are few, and no index of their age.
 _COMPARED_EVERY = 60.0
 
@@ -52,7 +52,7 @@ class Housekeeper:
             await self.tidy()
 
     async def tidy(self) -> None:
-        """Fold finished attempts into the totals, and prune for at most a quarter of `prune_interval`.
+        """Fold finished attempts into the totals, and prune for at most half of `prune_interval`.
 
         What the primary fails is tried again the next time, and keeps nothing else from being done.
         """
