@@ -263,7 +263,8 @@ class Carrier:
                 # A long line at once: until holds have it, every claim would walk past it.
                 self._resume_at = 0.0
                 self.ring()
-                return attempts or None
+                if not attempts:
+                    return None
         if not attempts:
             opened = await claim(connection, schema, **parameters, slots=1 if self.hands.strained else slots)
             attempts = [Opened(attempt_id, turn.log_order, held=False) for attempt_id in opened]
