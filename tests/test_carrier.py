@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import asyncpg
 import pytest
 from sqlalchemy.ext.asyncio import AsyncEngine
 
-from outbox import Retry
+from outbox import Rejected, Retry, SyncEvent
 from outbox.carrier import Carrier
 from outbox.claim import claim
 from outbox.resume import Resumed, resume
-from tests.relaying import change, manager_of, running, write
+from tests.relaying import change, execute, manager_of, running, value, write
 from tests.scripted import ScriptedSecondary
 from tests.waiting import eventually
 
@@ -95,3 +96,24 @@ async def test_a_look_at_holds_that_takes_long_is_rare_while_there_is_other_work
     full = [each for each in between[1:-1] if "nobody" not in each]
     assert max(map(len, between)) >= 10
     assert all(len(each) >= 3 for each in full), between
+
+
+async def test_a_probe_that_a_hold_absorbed_is_announced(primary: AsyncEngine) -> None:
+    """A newer event revives its dead key: taken up and taken out at once, it is the one probe there may be."""
+    seen: list[str] = []
+
+    class Probed(ScriptedSecondary):
+        async def apply(self, batch: Sequence[SyncEvent]) -> Any:
+            seen.append(await value(primary, "select breaker from outbox_secondary"))
+            return await super().apply(batch)
+
+    secondary = Probed("search")
+    secondary.script("dead", Rejected("malformed"))
+    manager = manager_of(primary, secondary)
+    await manager.register()
+    await write(manager, change("dead"))
+    assert await manager.relay().run_once("search") == 1
+    await write(manager, change("dead", 1))
+    await execute(primary, "update outbox_secondary set breaker = 'open', breaker_until = now() - interval '1 s'")
+    assert await manager.relay().run_once("search") == 1
+    assert seen == ["closed", "half_open"]
