@@ -28,7 +28,7 @@ zoo: $(TEST) ## Put every known defect in, one at a time: named tests must catch
 versions: $(TEST) ## Run the tests on PostgreSQL 15, 16 and 17 (ARGS="16 17" for some)
 	@.ci/versions $(ARGS)
 
-soak: $(TEST) ## Kill, pause and cut for two hours, and enter it in the ledger (ARGS="--seconds 600 --seed 7")
+soak: $(TEST) ## Kill, pause and cut for an hour and a half, and enter it in the ledger (ARGS="--seconds 600 --seed 7")
 	@$(BIN)/python -m outbox.testing.crash --numbers soak --survivors 1 --ledger docs/reliability.jsonl $(ARGS)
 
 lint: $(TEST) ## Check style, types and layers only

@@ -45,6 +45,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             faults=faults,
             asked=numbers.within(seconds),
             often=numbers.often,
+            poison=numbers.poison,
             history_file=str(history.absolute()),
             directory=directory,
         )

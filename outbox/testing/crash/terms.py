@@ -34,6 +34,8 @@ class Terms(msgspec.Struct, frozen=True, kw_only=True):
     directory: str
     asked: dict[str, int] = {}
     often: dict[str, float] = {}
+    # The share of events that nobody takes. Each kills its key for good: in log order nothing of it goes on after that.
+    poison: float = 0.002
     survivors: int = 0
     dsn: str = ""
     hot_keys: int = 400
