@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Iterable, Sequence
-from typing import TYPE_CHECKING, Any, overload
+from collections.abc import Awaitable, Callable, Iterable, Sequence
+from functools import cache
+from typing import TYPE_CHECKING, Any, TypeAlias, overload
 
 from sqlalchemy import Connection
 from sqlalchemy.exc import DBAPIError
@@ -12,7 +13,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 from outbox.errors import NotInTransaction
 from outbox.event import SyncEvent
 from outbox.headers import carrying
-from outbox.recording import recordings, token_of
+from outbox.recording import Recording
 from outbox.token import SyncToken
 
 if TYPE_CHECKING:
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
     import psycopg
 
 __all__ = ["record", "refuse_autocommit"]
+
+_Way: TypeAlias = Callable[[Any, str, Recording], SyncToken | Awaitable[SyncToken]]
 
 
 @overload
@@ -60,27 +63,41 @@ def record(
     secondary was ever registered, because then nobody would get the events.
     """
     chosen = carrying([events] if isinstance(events, SyncEvent) else events)
-    if isinstance(connection, Connection):
-        return _record_on_sqlalchemy(connection, chosen, schema, backend_ids)
-    if isinstance(connection, AsyncConnection):
-        return connection.run_sync(_record_on_sqlalchemy, chosen, schema, backend_ids)
-    return _record_on_driver(connection, chosen, schema, backend_ids)
+    kind: Any = type(connection)
+    return _way(kind)(connection, schema, Recording(chosen, backend_ids))
 
 
-def _record_on_sqlalchemy(
-    connection: Connection, events: list[SyncEvent], schema: str, backend_ids: Sequence[str] | None
-) -> SyncToken:
+@cache
+def _way(kind: type[Any]) -> _Way:
+    # Asked once of each class: what SQLAlchemy's are is asked of abstract classes, and every writer would wait for it.
+    if issubclass(kind, Connection):
+        return _on_sqlalchemy
+    if issubclass(kind, AsyncConnection):
+        return _on_async_sqlalchemy
+    driver = kind.__module__.partition(".")[0]
+    if driver == "asyncpg":
+        return _on_asyncpg
+    if driver == "psycopg":
+        return _on_async_psycopg if hasattr(kind, "__aenter__") else _on_psycopg
+    raise TypeError(f"record: takes a SQLAlchemy, asyncpg or psycopg connection, not {kind!r}")
+
+
+def _on_sqlalchemy(connection: Connection, schema: str, recording: Recording) -> SyncToken:
     refuse_autocommit(connection)
-    rows: list[Any] = []
-    for statement, parameters in recordings(events, backend_ids):
-        try:
+    try:
+        for statement, parameters in recording:
             # Past SQLAlchemy's compiler, which would take as long as all of ours.
-            rows += connection.exec_driver_sql(*statement.call(schema, connection.dialect.driver, parameters))
-        except DBAPIError as error:
-            # Its text would quote the parameters, which are content.
-            error.hide_parameters = True
-            raise
-    return token_of(rows)
+            called = statement.call(schema, connection.dialect.driver, parameters)
+            recording.rows += connection.exec_driver_sql(*called)
+    except DBAPIError as error:
+        # Its text would quote the parameters, which are content.
+        error.hide_parameters = True
+        raise
+    return recording.token
+
+
+async def _on_async_sqlalchemy(connection: AsyncConnection, schema: str, recording: Recording) -> SyncToken:
+    return await connection.run_sync(_on_sqlalchemy, schema, recording)
 
 
 def refuse_autocommit(connection: Connection) -> None:
@@ -89,44 +106,34 @@ def refuse_autocommit(connection: Connection) -> None:
         raise _no_transaction()
 
 
-def _record_on_driver(
-    connection: Any, events: list[SyncEvent], schema: str, backend_ids: Sequence[str] | None
-) -> SyncToken | Awaitable[SyncToken]:
-    kind = type(connection).__module__.partition(".")[0]
-    if kind == "asyncpg":
-        return _record_on_asyncpg(connection, events, schema, backend_ids)
-    if kind != "psycopg":
-        raise TypeError(f"record: takes a SQLAlchemy, asyncpg or psycopg connection, not {type(connection)!r}")
-    if hasattr(connection, "__aenter__"):
-        return _record_on_async_psycopg(connection, events, schema, backend_ids)
-    _refuse_idle_autocommit(connection)
-    rows: list[Any] = []
-    for statement, parameters in recordings(events, backend_ids):
-        cursor = connection.execute(*statement.call(schema, "psycopg", parameters))
-        rows += cursor.fetchall()
-    return token_of(rows)
-
-
-async def _record_on_asyncpg(
-    connection: Any, events: list[SyncEvent], schema: str, backend_ids: Sequence[str] | None
-) -> SyncToken:
+async def _on_asyncpg(connection: Any, schema: str, recording: Recording) -> SyncToken:
     if not connection.is_in_transaction():
         raise _no_transaction()
-    rows: list[Any] = []
-    for statement, parameters in recordings(events, backend_ids):
-        rows += await connection.fetch(*statement.arguments(schema, parameters))
-    return token_of(rows)
+    for statement, parameters in recording:
+        recording.rows += await connection.fetch(*statement.arguments(schema, parameters))
+    return recording.token
 
 
-async def _record_on_async_psycopg(
-    connection: Any, events: list[SyncEvent], schema: str, backend_ids: Sequence[str] | None
-) -> SyncToken:
+def _on_psycopg(connection: Any, schema: str, recording: Recording) -> SyncToken:
     _refuse_idle_autocommit(connection)
-    rows: list[Any] = []
-    for statement, parameters in recordings(events, backend_ids):
-        cursor = await connection.execute(*statement.call(schema, "psycopg", parameters))
-        rows += await cursor.fetchall()
-    return token_of(rows)
+    with connection.cursor(row_factory=_tuples) as cursor:
+        for statement, parameters in recording:
+            recording.rows += cursor.execute(*statement.call(schema, "psycopg", parameters)).fetchall()
+    return recording.token
+
+
+async def _on_async_psycopg(connection: Any, schema: str, recording: Recording) -> SyncToken:
+    _refuse_idle_autocommit(connection)
+    async with connection.cursor(row_factory=_tuples) as cursor:
+        for statement, parameters in recording:
+            await cursor.execute(*statement.call(schema, "psycopg", parameters))
+            recording.rows += await cursor.fetchall()
+    return recording.token
+
+
+def _tuples(_cursor: Any) -> type[tuple[Any, ...]]:
+    # A row factory of psycopg's: whatever the caller has its own rows made into, ours are read by place.
+    return tuple
 
 
 def _refuse_idle_autocommit(connection: Any) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from outbox.errors import NoSecondary
@@ -11,7 +11,7 @@ from outbox.schema import STAMP
 from outbox.statement import Statement
 from outbox.token import SyncToken
 
-__all__ = ["RECORD", "RECORD_ONE", "recordings", "token_of"]
+__all__ = ["ANYBODY", "RECORD", "RECORD_ONE", "Recording"]
 
 # Whom the registry names, as the statement that records sees it.
 _REGISTERED = """from {schema}.outbox_secondary as secondary
@@ -20,8 +20,8 @@ _REGISTERED = """from {schema}.outbox_secondary as secondary
 _WANTS = """(secondary.tenant_ids is null or [tenant_id] = any (secondary.tenant_ids))
       and (secondary.resource_types is null or [resource_type] = any (secondary.resource_types))"""
 
-# Owed to nobody, and nobody is registered: then nothing is said of it.
-_ANYBODY = "(owed_to <> '{}' or exists (select from {schema}.outbox_secondary))"
+# Asked only when an event is owed to nobody: a second look at the registry in every statement would cost every writer.
+ANYBODY = Statement("select exists (select from {schema}.outbox_secondary) as anybody")
 
 # The transaction gets its id before it draws a position: whoever reads the sequence and then the running
 # transactions has seen every writer that may still commit a lower position. Positions are drawn in the
@@ -58,19 +58,16 @@ with writer as materialized (
     select owed.backend_id, event.lane, event.event_id, event.key_hash
     from event cross join unnest(event.owed_to) as owed (backend_id)
 )
-select event_id, owed_to, cast(cast(transaction_id as text) as bigint) as transaction_id, stamp, [anybody] as anybody
-from event
+select event_id, owed_to, transaction_id, stamp from event
 """.replace("[registered]", _REGISTERED)
     .replace("[wants]", _WANTS)
     .replace("[tenant_id]", "given.tenant_id")
     .replace("[resource_type]", "given.resource_type")
     .replace("[stamp]", STAMP)
-    .replace("[anybody]", _ANYBODY)
 )
 
 # Nearly every transaction records one event. The same without rows to join: the id comes first because a CASE asks for
 # it, and what is written is given where it is written. A tenth less of the server's time than through a list of one.
-# It answers the token's text: a row of its parts costs the writer more to take apart than PostgreSQL to put together.
 RECORD_ONE = Statement(
     """
 with event as materialized (
@@ -96,47 +93,54 @@ with event as materialized (
     insert into {schema}.outbox_delivery (backend_id, lane, event_id, key_hash)
     select unnest(owed_to), lane, event_id, key_hash from event
 )
-select case when [anybody] then
-           concat_ws('.', to_hex(cast(cast(transaction_id as text) as bigint)), to_hex(stamp), to_hex(event_id),
-                     nullif(array_to_string(owed_to, '.'), ''))
-       end as token
-from event
+select event_id, owed_to, transaction_id, stamp from event
 """.replace("[registered]", _REGISTERED)
     .replace("[wants]", _WANTS)
     .replace("[tenant_id]", "cast(:tenant_id as text)")
     .replace("[resource_type]", "cast(:resource_type as text)")
     .replace("[stamp]", STAMP)
-    .replace("[anybody]", _ANYBODY)
 )
 
 _ROWS_PER_STATEMENT = 1_000
 
 
-def recordings(
-    events: Sequence[SyncEvent], backend_ids: Sequence[str] | None
-) -> list[tuple[Statement, dict[str, Any]]]:
-    """Return the statements that write these events in their order, and what each takes."""
-    chosen = None if backend_ids is None else list(backend_ids)
+class Recording:
+    """Events on their way into the tables: iterate, ask each question, put its rows into `rows`, then take `token`.
+
+    The questions are (statement, parameters), and writing is done with the last. Iterating raises `NoSecondary`.
+    """
+
+    def __init__(self, events: Sequence[SyncEvent], backend_ids: Sequence[str] | None) -> None:
+        self._events = events
+        self._backend_ids = None if backend_ids is None else list(backend_ids)
+        self.rows: list[Any] = []
+
+    def __iter__(self) -> Iterator[tuple[Statement, dict[str, Any]]]:
+        yield from _questions(self._events, self._backend_ids)
+        if self.rows and not self.rows[0][1]:
+            yield ANYBODY, {}
+            if not self.rows.pop()[0]:
+                raise NoSecondary(
+                    "record: no secondary is registered, so nobody would ever get these events; "
+                    "start a relay, or call `await manager.register()`, before the first write"
+                )
+
+    @property
+    def token(self) -> SyncToken:
+        """What was recorded."""
+        rows = self.rows
+        # PostgreSQL's transaction ids have a type of their own, which not every driver knows as a number.
+        return SyncToken.of(int(rows[0][2]), rows[0][3], [row[:2] for row in rows]) if rows else SyncToken.of(0, 0, [])
+
+
+def _questions(
+    events: Sequence[SyncEvent], backend_ids: list[str] | None
+) -> Iterator[tuple[Statement, dict[str, Any]]]:
     if len(events) == 1:
-        return [(RECORD_ONE, _one(events[0], chosen))]
-    starts = range(0, len(events), _ROWS_PER_STATEMENT)
-    return [(RECORD, _many(events[start : start + _ROWS_PER_STATEMENT], chosen)) for start in starts]
-
-
-def token_of(rows: Sequence[Any]) -> SyncToken:
-    """Return the token of what these rows of `recordings` answered. Raises `NoSecondary`."""
-    if not rows:
-        return SyncToken.of(0, 0, [])
-    first = rows[0]
-    single = len(first) == 1
-    if (first[0] is None) if single else not first[4]:
-        raise NoSecondary(
-            "record: no secondary is registered, so nobody would ever get these events; "
-            "start a relay, or call `await manager.register()`, before the first write"
-        )
-    return (
-        SyncToken.of_one(first[0]) if single else SyncToken.of(first[2], first[3], [(row[0], row[1]) for row in rows])
-    )
+        yield RECORD_ONE, _one(events[0], backend_ids)
+        return
+    for start in range(0, len(events), _ROWS_PER_STATEMENT):
+        yield RECORD, _many(events[start : start + _ROWS_PER_STATEMENT], backend_ids)
 
 
 def _one(event: SyncEvent, backend_ids: list[str] | None) -> dict[str, Any]:

@@ -70,17 +70,15 @@ class SyncToken(str):
     @classmethod
     def of(cls, transaction_id: int, stamp: int, owed: Sequence[tuple[int, Sequence[str]]]) -> Self:
         """Build from (position, names of the secondaries it is owed to)."""
+        if len(owed) == 1:
+            # Nearly every transaction records one event: of that there is nothing to group or to join.
+            ((position, backend_ids),) = owed
+            return cls._of(".".join((f"{transaction_id:x}.{stamp:x}.{position:x}", *backend_ids)))
         groups: dict[tuple[str, ...], list[int]] = {}
         for position, backend_ids in owed:
             groups.setdefault(tuple(sorted(backend_ids)), []).append(position)
         runs = {names: _joined((position, 1) for position in found) for names, found in groups.items()}
         return cls._encoded([Recorded(transaction_id, stamp, names, found) for names, found in runs.items()])
-
-    @classmethod
-    def of_one(cls, body: str) -> Self:
-        """Build from the text that the database made of one event, in the form that is described above."""
-        # Past the check of `__new__`: this text is of our own making.
-        return str.__new__(cls, f"{_FORM}{_checksum(body)}.{body}")
 
     @classmethod
     def merged(cls, tokens: Iterable[SyncToken]) -> SyncToken:
@@ -121,7 +119,11 @@ class SyncToken(str):
 
     @classmethod
     def _encoded(cls, recorded: list[Recorded]) -> Self:
-        body = "~".join([_written(each) for each in recorded])
+        return cls._of("~".join([_written(each) for each in recorded]))
+
+    @classmethod
+    def _of(cls, body: str) -> Self:
+        # Past the check of `__new__`: this text is of our own making.
         return str.__new__(cls, f"{_FORM}{_checksum(body)}.{body}")
 
 

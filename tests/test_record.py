@@ -68,6 +68,15 @@ async def _psycopg_async(stack: AsyncExitStack, url: URL, autocommit: bool) -> A
     return await stack.enter_async_context(connection)
 
 
+def _with_rows_as_dictionaries(opener: Opener) -> Opener:
+    async def opened(stack: AsyncExitStack, url: URL, autocommit: bool) -> Any:
+        connection = await opener(stack, url, autocommit)
+        connection.row_factory = psycopg.rows.dict_row
+        return connection
+
+    return opened
+
+
 OPENERS: dict[str, Opener] = {
     "sqlalchemy over psycopg": _sqlalchemy,
     "sqlalchemy over asyncpg": _sqlalchemy_async("asyncpg"),
@@ -75,6 +84,8 @@ OPENERS: dict[str, Opener] = {
     "asyncpg": _asyncpg,
     "psycopg": _psycopg,
     "psycopg, async": _psycopg_async,
+    "psycopg, rows as dictionaries": _with_rows_as_dictionaries(_psycopg),
+    "psycopg, async, rows as dictionaries": _with_rows_as_dictionaries(_psycopg_async),
 }
 every_kind = pytest.mark.parametrize("kind", OPENERS)
 

@@ -26,7 +26,7 @@ def notes(count: int) -> list[SyncEvent]:
 async def test_one_event_and_a_list_are_told_of_alike(
     registered: AsyncEngine, backend_ids: list[str] | None, owed_to: list[str]
 ) -> None:
-    # They are two statements: of one event the database writes the token itself.
+    # They are two statements.
     async with registered.begin() as connection:
         tokens = [await record(connection, notes(count), backend_ids=backend_ids) for count in (1, 2)]
     one, two = (token.recorded[0] for token in tokens)

@@ -30,5 +30,4 @@ with writer as materialized (
     select owed.backend_id, event.lane, event.event_id, event.key_hash
     from event cross join unnest(event.owed_to) as owed (backend_id)
 )
-select event_id, owed_to, cast(cast(transaction_id as text) as bigint) as transaction_id, stamp, (owed_to <> '{}' or exists (select from "public".outbox_secondary)) as anybody
-from event
+select event_id, owed_to, transaction_id, stamp from event

@@ -24,8 +24,4 @@ with event as materialized (
     insert into "public".outbox_delivery (backend_id, lane, event_id, key_hash)
     select unnest(owed_to), lane, event_id, key_hash from event
 )
-select case when (owed_to <> '{}' or exists (select from "public".outbox_secondary)) then
-           concat_ws('.', to_hex(cast(cast(transaction_id as text) as bigint)), to_hex(stamp), to_hex(event_id),
-                     nullif(array_to_string(owed_to, '.'), ''))
-       end as token
-from event
+select event_id, owed_to, transaction_id, stamp from event

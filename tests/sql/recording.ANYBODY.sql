@@ -1,0 +1,1 @@
+select exists (select from "public".outbox_secondary) as anybody
