@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Callable, Collection, Coroutine, Sequence
 from typing import Any
 
 from sqlalchemy import event
@@ -20,17 +20,24 @@ class Gates:
     def __init__(self, engine: AsyncEngine) -> None:
         self.engine = engine
         self.heard: list[str] = []
+        # Words that no statement held so far: a gate that nobody meets stops nobody, and all orders are one.
+        self.unmet: set[str] = set()
+        self._met: set[str] = set()
         self._words: deque[str] = deque()
         self._reached, self._opened = asyncio.Event(), asyncio.Event()
         event.listen(engine.sync_engine, "before_cursor_execute", lambda *sent: self._pass_by(sent[2]))
         event.listen(engine.sync_engine, "commit", lambda _connection: self._pass_by(COMMIT))
 
     def course(
-        self, words: Sequence[str], work: Callable[[], Coroutine[Any, Any, object]]
+        self, words: Sequence[str], work: Callable[[], Coroutine[Any, Any, object]], *, never: Collection[str] = ()
     ) -> list[Callable[[], Coroutine[Any, Any, object]]]:
-        """Return steps: one to each gate in turn, and one to the end. Where a gate is not met, a step goes further."""
+        """Return steps: one to each gate in turn, and one to the end. Where a gate is not met, a step goes further.
+
+        Each must be met in some order of a family, but those that are `never` in this variant.
+        """
         course = _Course(self, work)
         self._words = deque(words)
+        self.unmet |= set(words) - set(never) - self._met
         return [course.go_on] * (len(words) + 1)
 
     async def go_on(self, running: asyncio.Task[object]) -> None:
@@ -45,7 +52,8 @@ class Gates:
     def _pass_by(self, statement: str) -> None:
         self.heard.append(statement)
         if self._words and self._words[0] in statement:
-            self._words.popleft()
+            self._met.add(self._words[0])
+            self.unmet.discard(self._words.popleft())
             self._opened = asyncio.Event()
             self._reached.set()
             await_only(self._opened.wait())

@@ -23,8 +23,8 @@ from tests.relaying import change
 pytestmark = pytest.mark.timeout(900)
 
 # A first look, what became of a transaction whose event it did not find, and a second look.
-LOOK, FATE = "as asked (backend_id, event_id)", "pg_xact_status"
-ASKS = ("ask", "look", "fate", "look again")
+LOOK, FATE = "as its_own", "pg_xact_status"
+ASKS = ("ask", "look", "fate", "again")
 
 WAITS = Family(
     "record, carry and wait",
@@ -185,7 +185,8 @@ class Pruned(Waits):
         return {
             "relay": (self.relay.settle, self.settle),
             "pruner": (self.pruner.events, self.prune),
-            "caller": self.gates.course((LOOK, FATE, LOOK), self.ask),
+            # What is to be tried again is not pruned.
+            "caller": self.gates.course((LOOK, FATE, LOOK), self.ask, never={FATE} if self.outcome == "retry" else ()),
         }
 
     async def prune(self) -> None:
