@@ -44,7 +44,7 @@ NUMBERS = {
         },
     ),
     "soak": Numbers(
-        5_400,
+        5_000,
         {
             "relay kills": 10_000,
             "PostgreSQL crashes": 1_000,
@@ -54,7 +54,7 @@ NUMBERS = {
             "events": 1_000_000,
         },
         # More of the one, and fewer of the other: relays that live longer carry more.
-        {"postgres": 0.205, "kill": 2.05, "cut": 1.05},
+        {"postgres": 0.225, "kill": 2.2, "cut": 1.1},
         # Of a million events as usual, nearly every key would be dead before the end, and nothing be in order any more.
         poison=0.0002,
     ),

@@ -76,6 +76,8 @@ def config_of(terms: Terms) -> SyncConfig:
         retry_max=timedelta(milliseconds=500),
         breaker_initial=timedelta(milliseconds=100),
         breaker_max=timedelta(milliseconds=500),
+        # A relay lives for three seconds, and to open a connection and plan everything on it takes as long as to carry.
+        relay_connections=2,
         prune_interval=timedelta(seconds=1),
         keep_events=timedelta(seconds=5) if terms.prunes else timedelta(days=1),
         statement_timeout=timedelta(seconds=5),
