@@ -62,35 +62,34 @@ class Lanes:
         self._first = 0
         self.mark: tuple[int, int] | None = None
 
-    def lined_first(self, batch_size: int) -> Asked:
-        """Split a batch of which holds absorb what is theirs: a lane where they did comes first, and may fill it."""
-        asked = self.shares(batch_size)
-        parts = zip(asked.lanes, asked.floors, asked.shares, strict=True)
-        turns = sorted(parts, key=lambda part: part[0] not in self.lined)
-        return Asked(
-            [lane for lane, _, _ in turns],
-            [floor for _, floor, _ in turns],
-            [batch_size if lane in self.lined else share for lane, _, share in turns],
-        )
-
     def shares(self, batch_size: int) -> Asked:
         """Split a batch: lanes that were full last time share it, the others may show that they are not empty.
 
         While no lane is known to be full, any of them may fill the batch.
         """
+        return self._asked(self._turns(batch_size))
+
+    def lined_first(self, batch_size: int) -> Asked:
+        """Split a batch of which holds absorb what is theirs: a lane where they did comes first, and may fill it."""
+        turns = [(lane, batch_size if lane in self.lined else share) for lane, share in self._turns(batch_size)]
+        return self._asked(sorted(turns, key=lambda turn: turn[0] not in self.lined))
+
+    def _turns(self, batch_size: int) -> list[tuple[int, int]]:
+        """Return every lane and its share, in the order in which they are asked."""
         if batch_size == 0:
-            return Asked([], [], [])
+            return []
         share = -(-batch_size // max(1, len(self._busy)))
         glance = -(-batch_size // LANES) if self._busy else batch_size
         turns = [(self._first + step) % LANES for step in range(LANES)]
-        # Glances come first, because the busy lanes fill the batch.
-        order = [lane for lane in turns if lane not in self._busy] + [lane for lane in turns if lane in self._busy]
         # Who is asked first changes from claim to claim, because the batch may be full before the last lane's turn.
         self._first = (self._first + 1) % LANES
+        # Glances come first, because the busy lanes fill the batch.
+        glances = [(lane, glance) for lane in turns if lane not in self._busy]
+        return glances + [(lane, max(share, glance)) for lane in turns if lane in self._busy]
+
+    def _asked(self, turns: list[tuple[int, int]]) -> Asked:
         return Asked(
-            order,
-            [self.floors[lane] for lane in order],
-            [max(share, glance) if lane in self._busy else glance for lane in order],
+            [lane for lane, _ in turns], [self.floors[lane] for lane, _ in turns], [share for _, share in turns]
         )
 
     def learn(self, asked: Asked, taken: Iterable[tuple[int | None, int]], *, full: bool) -> None:
