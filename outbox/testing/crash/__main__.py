@@ -46,6 +46,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             asked=numbers.within(seconds),
             often=numbers.often,
             poison=numbers.poison,
+            connections=numbers.connections,
             history_file=str(history.absolute()),
             directory=directory,
         )

@@ -18,13 +18,14 @@ class Numbers(msgspec.Struct, frozen=True):
     """So many of each in so many seconds; a shorter run is asked for its share.
 
     `often` says how many times a second a fault strikes where that is not as usual, `poison` which share of events
-    nobody takes.
+    nobody takes, `connections` how many a relay opens.
     """
 
     seconds: float
     asked: dict[str, int]
     often: dict[str, float] = {}
     poison: float = 0.002
+    connections: int = 4
 
     def within(self, seconds: float) -> dict[str, int]:
         """Return what a run of so many seconds is asked for."""
@@ -57,6 +58,8 @@ NUMBERS = {
         {"postgres": 0.225, "kill": 2.2, "cut": 1.1},
         # Of a million events as usual, nearly every key would be dead before the end, and nothing be in order any more.
         poison=0.0002,
+        # A relay lives for three seconds, and to open a connection and plan everything on it takes as long as to carry.
+        connections=2,
     ),
 }
 """By name: what is asked of every change, and of a long run."""

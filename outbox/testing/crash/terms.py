@@ -36,6 +36,7 @@ class Terms(msgspec.Struct, frozen=True, kw_only=True):
     often: dict[str, float] = {}
     # The share of events that nobody takes. Each kills its key for good: in log order nothing of it goes on after that.
     poison: float = 0.002
+    connections: int = 4
     survivors: int = 0
     dsn: str = ""
     hot_keys: int = 400
@@ -76,8 +77,7 @@ def config_of(terms: Terms) -> SyncConfig:
         retry_max=timedelta(milliseconds=500),
         breaker_initial=timedelta(milliseconds=100),
         breaker_max=timedelta(milliseconds=500),
-        # A relay lives for three seconds, and to open a connection and plan everything on it takes as long as to carry.
-        relay_connections=2,
+        relay_connections=terms.connections,
         prune_interval=timedelta(seconds=1),
         keep_events=timedelta(seconds=5) if terms.prunes else timedelta(days=1),
         statement_timeout=timedelta(seconds=5),
