@@ -113,7 +113,7 @@ class Stage:
         return [row[0] for row in await self.watching.fetch(WRONG, recorded)]
 
     async def close(self) -> None:
-        """End every connection, and see that no two of them ever waited in a circle, and who was stopped was."""
+        """End every connection, and see that no two ever waited in a circle and that every gate stopped somebody."""
         for connection in self._connections.values():
             await connection.close()
         for gates in self._gates.values():
