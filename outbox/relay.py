@@ -180,8 +180,12 @@ class Relay:
     async def _close(self) -> None:
         self._users -= 1
         if self._users == 0:
-            await _cancelled(self._background)
-            await self._primary.close()
+            try:
+                # Whoever was cut off right after a claim may leave something in hand.
+                await asyncio.gather(*(carrier.hands.finish(0) for carrier in self._carriers.values()))
+            finally:
+                await _cancelled(self._background)
+                await self._primary.close()
 
     async def _register(self) -> None:
         """Write the registry, however often the primary goes away before it is written."""

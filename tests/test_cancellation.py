@@ -13,6 +13,7 @@ from sqlalchemy.ext.asyncio import AsyncEngine
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
 from outbox import SyncManager, SyncMode, SyncToken, record
+from outbox.floors import Floors
 from tests.relaying import change, manager_of, pending, raw, rows, running, value, write
 from tests.scripted import ScriptedSecondary
 from tests.waiting import eventually
@@ -108,6 +109,27 @@ async def test_whoever_waits_for_a_secondary_that_hangs_can_be_cancelled(primary
     async with running(manager.relay()):
         await eventually(lambda: _nothing_owed(primary))
     assert secondary.content_of("Thing", "1") is not None
+    assert await value(primary, "select sum(retried + lost) from outbox_attempt") == 0
+
+
+@pytest.mark.parametrize("name", ["run_once", "drain"])
+async def test_whoever_is_cancelled_right_after_a_claim_leaves_nothing_out(
+    primary: AsyncEngine, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    """B8: nor when what was claimed goes out already, and he is at something else."""
+    secondary, manager, token = await house(primary)
+    minding = asyncio.Event()
+
+    async def mind(*_: object, **__: object) -> None:
+        minding.set()
+        await asyncio.Event().wait()
+
+    monkeypatch.setattr(Floors, "mind", mind)
+    calling = asyncio.create_task(_call(AT_THE_SECONDARY[name], manager, token))
+    await minding.wait()
+    await eventually(lambda: secondary.running)
+    assert await cancelled_within(calling) < A_SECOND
+    assert await value(primary, "select count(*) from outbox_attempt where finished_at is null") == 0
     assert await value(primary, "select sum(retried + lost) from outbox_attempt") == 0
 
 
