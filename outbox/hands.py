@@ -116,7 +116,8 @@ class Hands:
         # The primary is away, or the adapter will not be cancelled: the leases run out.
         for task in stuck:
             task.cancel()
-        await asyncio.gather(*stuck, return_exceptions=True)
+        if stuck:
+            await asyncio.wait(stuck, timeout=_HANDING_BACK)
 
     async def settle(self, attempt: Attempt, dispatched: Dispatched, *, expired: bool = False) -> None:
         """Record the outcome, however often the primary goes away; the fence tells whether it was still ours."""

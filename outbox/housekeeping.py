@@ -65,12 +65,12 @@ class Housekeeper:
                 _log.warning("housekeeping failed (%s)", code_of(error))
 
     async def _prune_attempts(self) -> None:
-        async with self._primary.connection() as connection:
-            more = True
-            while more:
+        more = True
+        while more:
+            async with self._primary.connection() as connection:
                 walked = await prune_attempts(connection, self._schema, self._config.keep_attempts, self._attempts)
-                self._attempts |= {backend_id: each.through for backend_id, each in walked.items()}
-                more = any(each.more for each in walked.values()) and self._has_time()
+            self._attempts |= {backend_id: each.through for backend_id, each in walked.items()}
+            more = any(each.more for each in walked.values()) and self._has_time()
 
     async def _prune_notes(self) -> None:
         async with self._primary.connection() as connection:
@@ -79,16 +79,16 @@ class Housekeeper:
                 self._compared_at = time.monotonic() + min(_COMPARED_EVERY, keep.total_seconds())
                 await prune_reconciliations(connection, self._schema, keep)
             after = await prune_discarded(connection, self._schema, keep)
-            while after is not None and self._has_time():
+        while after is not None and self._has_time():
+            async with self._primary.connection() as connection:
                 after = await prune_discarded(connection, self._schema, keep, after)
 
     async def _prune_events(self) -> None:
-        started = time.monotonic()
-        async with self._primary.connection() as connection:
-            more = True
-            while more:
+        started, more = time.monotonic(), True
+        while more:
+            async with self._primary.connection() as connection:
                 walked = await prune_events(connection, self._schema, self._config.keep_events, self._event)
-                self._event, more = walked.through, walked.more and self._has_time()
+            self._event, more = walked.through, walked.more and self._has_time()
         self._walked_for += time.monotonic() - started
         if not walked.more and time.monotonic() >= self._anew_at:
             self._anew_at = time.monotonic() + max(self._anew_every, _PART * self._walked_for)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator
-from contextlib import ExitStack, asynccontextmanager
+from collections.abc import AsyncIterator, Iterator
+from contextlib import ExitStack, asynccontextmanager, contextmanager
 from datetime import timedelta
 from typing import Any, cast
 
@@ -32,6 +32,7 @@ PRIMARY_FAILED = (
 """What talking to the primary may raise; everything else is a defect and is not retried."""
 
 _SHORTEST_PAUSE = 0.002
+_ANSWERS_WITHIN = 5.0
 
 # The claim's plan must not depend on statistics: what was planned while the tables were empty is what a cached
 # plan would stay with. Every access is by an index that exists for it.
@@ -86,17 +87,23 @@ class Primary:
             pool.terminate()
 
     @asynccontextmanager
-    async def connection(self) -> AsyncIterator[asyncpg.Connection[Any]]:
-        """Lend a connection of the pool for one statement or one short transaction."""
+    async def connection(self, within: float | None = None) -> AsyncIterator[asyncpg.Connection[Any]]:
+        """Lend a connection of the pool for one statement or one short transaction.
+
+        After `within` seconds, by default twice what the server allows a statement, it is ended under whoever has it.
+        """
         assert self._pool is not None, "open the primary first"
-        async with self._pool.acquire() as lent:
-            connection = cast("asyncpg.Connection[Any]", lent)
+        pool, lent = self._pool, await self._pool.acquire()
+        connection = cast("asyncpg.Connection[Any]", lent)
+        with _ended_after(within or 2 * self._config.statement_timeout.total_seconds(), connection):
             try:
                 yield connection
             except asyncpg.InternalClientError:
                 # The driver lost track of a session that was cut off; nobody must get it again.
                 connection.terminate()
                 raise
+            finally:
+                await pool.release(lent)
 
     async def reserved(self) -> asyncpg.Connection[Any]:
         """Return a connection of its own, outside the pool; the caller closes it."""
@@ -145,7 +152,7 @@ class Primary:
         await self.wait()
 
     async def _answers(self) -> None:
-        async with asyncio.timeout(10), self.connection() as connection:
+        async with asyncio.timeout(2 * _ANSWERS_WITHIN), self.connection(_ANSWERS_WITHIN) as connection:
             await connection.fetchval("select 1")
 
     async def _connect(self, *_: Any, **__: Any) -> asyncpg.Connection[Any]:
@@ -165,6 +172,19 @@ class Primary:
 def code_of(error: BaseException | None) -> str:
     """Return what an error is, without its text: a driver's text may quote values."""
     return getattr(error, "sqlstate", None) or type(error).__name__
+
+
+@contextmanager
+def _ended_after(seconds: float, connection: asyncpg.Connection[Any]) -> Iterator[None]:
+    """End a connection that is busy for so long: a network may swallow everything and say so to neither side.
+
+    Cancelling would not do, as the driver then waits until the server says that it stopped.
+    """
+    ending = asyncio.get_running_loop().call_later(seconds, connection.terminate)
+    try:
+        yield
+    finally:
+        ending.cancel()
 
 
 def _milliseconds(duration: timedelta) -> str:

@@ -6,13 +6,12 @@ import asyncio
 import logging
 import signal
 import time
-from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
+from collections.abc import AsyncIterator, Coroutine, Sequence
 from contextlib import asynccontextmanager
 from datetime import timedelta
 from typing import Any
 from uuid import uuid4
 
-import asyncpg
 from sqlalchemy.exc import ProgrammingError
 from sqlalchemy.ext.asyncio import AsyncEngine
 
@@ -20,21 +19,20 @@ from outbox.carrier import Carrier
 from outbox.errors import UnknownSecondary
 from outbox.health import Roll
 from outbox.housekeeping import Housekeeper
-from outbox.lease import heartbeat
 from outbox.primary import PRIMARY_FAILED, Primary, code_of
 from outbox.proof import Proof
 from outbox.register import Registration, register_known
 from outbox.retry import RetryPolicy
-from outbox.schema import LISTEN_CHANNEL
 from outbox.settings import SyncConfig
 from outbox.wakeup import Doorbell
+from outbox.watch import Watch
 
 __all__ = ["Relay"]
 
 _log = logging.getLogger("outbox.relay")
 
 _LAST_CLAIM = 5.0
-_BETWEEN_WATCHES = 0.1
+_BETWEEN_TRIES = 0.1
 
 
 class Relay:
@@ -58,13 +56,13 @@ class Relay:
         self._engine = engine
         self._registrations = registrations
         self._config = config
-        self._doorbell = doorbell
         self._roll = roll or Roll()
         self._proof = proof
         self._primary = Primary(engine, config)
         self._carriers = {
             each.backend_id: Carrier(each, self._primary, config, policy, self.relay_id) for each in registrations
         }
+        self._watch = Watch(self._primary, config, self.relay_id, list(self._carriers.values()), doorbell)
         self._housekeeper = Housekeeper(self._primary, config, list(self._carriers.values()))
         self._stop = asyncio.Event()
         self._hurry = asyncio.Event()
@@ -175,7 +173,7 @@ class Relay:
         if self._users == 1:
             await self._primary.open()
             await self._register()
-            self._background = [asyncio.create_task(self._watch())]
+            self._background = [asyncio.create_task(self._watch.run())]
 
     async def _close(self) -> None:
         self._users -= 1
@@ -199,7 +197,7 @@ class Relay:
                 raise
             except PRIMARY_FAILED as error:
                 _log.warning("registering failed (%s)", code_of(error))
-                await asyncio.sleep(_BETWEEN_WATCHES)
+                await asyncio.sleep(_BETWEEN_TRIES)
             else:
                 return
 
@@ -219,78 +217,15 @@ class Relay:
         await finishing
         await _cancelled([*loops, hurry])
 
-    async def _watch(self) -> None:
-        """Keep the leases of this relay and listen for the doorbell, on a connection nothing else can starve."""
-        unsubscribe = self._doorbell.subscribe(self._rung_from(asyncio.get_running_loop()))
-        try:
-            while True:
-                try:
-                    await self._watch_on_one_connection()
-                except PRIMARY_FAILED as error:
-                    _log.warning("the watching connection failed (%s)", code_of(error))
-                    await self._wait_for_primary()
-        finally:
-            unsubscribe()
-
-    async def _watch_on_one_connection(self) -> None:
-        connection = await self._primary.reserved()
-        try:
-            await self._listen(connection)
-            # Whatever was rung while nobody listened is found by looking once.
-            self._ring()
-            while True:
-                await asyncio.sleep(self._config.lease.total_seconds() / 3)
-                await self._keep_leases(connection)
-        finally:
-            connection.terminate()
-
-    async def _listen(self, connection: asyncpg.Connection[Any]) -> None:
-        try:
-            await connection.add_listener(LISTEN_CHANNEL, self._heard)
-        except asyncpg.PostgresError as error:
-            # A pooler in between may not know LISTEN; heartbeats must not depend on it.
-            _log.warning("no doorbell on this connection (%s); polling alone", code_of(error))
-
-    async def _wait_for_primary(self) -> None:
-        """Wait, but not with work in hand for longer than a lease: by then somebody else may have taken it over."""
-        try:
-            async with asyncio.timeout(self._config.lease.total_seconds()):
-                await asyncio.sleep(_BETWEEN_WATCHES)
-                await self._primary.wait()
-        except TimeoutError:
-            for carrier in self._carriers.values():
-                carrier.hands.give_up(carrier.hands.attempt_ids)
-            await self._primary.wait()
-
-    async def _keep_leases(self, connection: asyncpg.Connection[Any]) -> None:
-        await connection.fetchval("select 1")
-        schema, lease = self._config.database_schema, self._config.lease
-        for backend_id, carrier in self._carriers.items():
-            if mine := carrier.hands.attempt_ids:
-                kept = await heartbeat(connection, schema, self.relay_id, backend_id, sorted(mine), lease)
-                carrier.hands.give_up(mine - kept)
-
     def _beside(self) -> list[Coroutine[Any, Any, None]]:
         """What goes on beside the carrying, for as long as that goes on."""
         tidying = self._housekeeper.keep_tidy()
         return [tidying] if self._proof is None else [tidying, self._proof.run()]
 
-    def _heard(self, _connection: Any, _process: int, _channel: str, schema: object) -> None:
-        if schema == self._config.database_schema:
-            self._ring()
-
-    def _ring(self) -> None:
-        for carrier in self._carriers.values():
-            carrier.ring()
-
-    def _rung_from(self, loop: asyncio.AbstractEventLoop) -> Callable[[], None]:
-        def ring() -> None:
-            loop.call_soon_threadsafe(self._ring)
-
-        return ring
-
 
 async def _cancelled(tasks: Sequence[asyncio.Task[Any]]) -> None:
+    """Cancel, and wait a moment: behind a network that swallows everything only closing the pool ends a transaction."""
     for task in tasks:
         task.cancel()
-    await asyncio.gather(*tasks, return_exceptions=True)
+    ending = asyncio.gather(*tasks, return_exceptions=True)
+    await asyncio.wait({ending}, timeout=_LAST_CLAIM)

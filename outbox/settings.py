@@ -132,7 +132,8 @@ class SyncConfig(BaseModel):
     """Connections of a relay's own pool, beside one reserved for heartbeats and listening."""
 
     statement_timeout: _Duration = timedelta(seconds=30)
-    """Longest time one statement of a relay may take on the primary."""
+    """Longest time one statement of a relay may take on the primary. A connection that is busy for twice as long is
+    ended: the network swallowed the answer."""
 
     unhealthy_lag: Annotated[_Duration | None, _OrOff] = timedelta(seconds=30)
     """Age of the oldest owed delivery above which a live secondary is unhealthy; None, in text `off`: no limit."""

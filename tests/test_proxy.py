@@ -129,6 +129,22 @@ async def test_a_hole_swallows_what_is_said_and_what_is_answered(primary: AsyncE
     assert await written(primary) == []
 
 
+async def test_a_hole_swallows_that_the_other_side_went_away(primary: AsyncEngine, proxy: Proxy) -> None:
+    """As a network does that drops every packet: else the server's own timeouts would tell the client."""
+    async with client(primary, proxy, "somebody") as connection:
+        [link] = proxy.links
+        link.hole = True
+        await execute(
+            primary, "select pg_terminate_backend(pid) from pg_stat_activity where application_name = 'somebody'"
+        )
+        asking = asyncio.create_task(connection.execute(INSERT, 5))
+        done, _ = await asyncio.wait([asking], timeout=0.2)
+        assert not done
+        link.cut()
+        with pytest.raises(CUT_OFF):
+            await asking
+
+
 async def test_a_trickle_loses_nothing(primary: AsyncEngine, proxy: Proxy) -> None:
     async with client(primary, proxy) as connection:
         [link] = proxy.links

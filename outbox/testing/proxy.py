@@ -127,10 +127,12 @@ class Link:
         self._over = asyncio.Event()
 
     async def run(self) -> None:
-        """Pass on in both directions until either side goes away."""
+        """Pass on in both directions until either side goes away; a hole swallows that too, until somebody cuts."""
         pumps = [asyncio.create_task(pump) for pump in (self._outward(), self._inward(), self._wait())]
         try:
             await asyncio.wait(pumps, return_when=asyncio.FIRST_COMPLETED)
+            if self.hole:
+                await self._over.wait()
         finally:
             for pump in pumps:
                 pump.cancel()

@@ -1,0 +1,120 @@
+"""A relay and a primary behind a network that swallows everything: no answer, no reset, for ever (L9, W11)."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator
+from datetime import timedelta
+
+import pytest
+from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
+
+from outbox import SyncEvent, SyncManager, SyncToken, record
+from outbox.testing.proxy import Proxy
+from tests.relaying import change, manager_of, pending, running, value
+from tests.scripted import ScriptedSecondary
+from tests.waiting import eventually
+
+# The server ends a statement after this; from twice as long on nobody listens any more.
+_STATEMENT = 1.0
+_KEPT = "select lease_until > clock_timestamp() from outbox_attempt where finished_at is null"
+
+
+@pytest.fixture
+async def proxy(primary: AsyncEngine) -> AsyncIterator[Proxy]:
+    assert primary.url.port is not None
+    async with Proxy(primary.url.port, {}) as proxy:
+        yield proxy
+
+
+@pytest.fixture
+async def behind(primary: AsyncEngine, proxy: Proxy) -> AsyncIterator[AsyncEngine]:
+    """An engine whose connections go through the proxy."""
+    engine = create_async_engine(primary.url.set(port=proxy.port))
+    yield engine
+    await engine.dispose()
+
+
+@pytest.fixture
+async def secondary() -> ScriptedSecondary:
+    return ScriptedSecondary("search")
+
+
+@pytest.fixture
+async def manager(behind: AsyncEngine, secondary: ScriptedSecondary) -> AsyncIterator[SyncManager]:
+    manager = manager_of(behind, secondary, statement_timeout=_STATEMENT, lease=_STATEMENT)
+    await manager.register()
+    yield manager
+    await manager.aclose()
+
+
+def swallow(proxy: Proxy) -> None:
+    """From now on nothing comes through on any connection there is; new ones are not touched."""
+    for link in proxy.links:
+        link.hole = True
+
+
+async def carried(primary: AsyncEngine, manager: SyncManager, *events: SyncEvent) -> None:
+    async with primary.begin() as connection:
+        await record(connection, *events)
+    await eventually(lambda: _nothing_owed(primary))
+
+
+async def _nothing_owed(primary: AsyncEngine) -> bool:
+    return await pending(primary) == 0
+
+
+async def test_a_relay_whose_network_swallows_everything_goes_on_over_new_connections(
+    primary: AsyncEngine, proxy: Proxy, manager: SyncManager, secondary: ScriptedSecondary
+) -> None:
+    """L9: claims and heartbeats both; else it would be alive and carry nothing until the kernel gives up."""
+    async with running(manager.relay()):
+        await carried(primary, manager, change("before"))
+        swallow(proxy)
+        await carried(primary, manager, change("after"))
+        # Longer than a lease: without a heartbeat anybody else could take it over.
+        secondary.hang()
+        async with primary.begin() as connection:
+            await record(connection, change("long"))
+        await eventually(lambda: secondary.running)
+        await asyncio.sleep(3 * _STATEMENT)
+        assert await value(primary, _KEPT)
+        secondary.release()
+        await eventually(lambda: _nothing_owed(primary))
+
+
+@pytest.mark.parametrize("how", ["stop", "cancel"])
+async def test_a_relay_whose_network_swallows_everything_ends_in_bounded_time(
+    primary: AsyncEngine, proxy: Proxy, manager: SyncManager, how: str
+) -> None:
+    """L9: a relay that cannot be stopped is killed by whoever supervises it."""
+    relay = manager.relay()
+    task = asyncio.create_task(relay.run())
+    await carried(primary, manager, change("before"))
+    swallow(proxy)
+    await asyncio.sleep(0.1)
+    began = time.monotonic()
+    relay.stop(at_once=True) if how == "stop" else task.cancel()
+    done, _ = await asyncio.wait({task}, timeout=60)
+    assert done
+    assert time.monotonic() - began < 20
+
+
+async def test_who_waits_is_answered_again_over_a_new_connection(
+    primary: AsyncEngine, behind: AsyncEngine, proxy: Proxy, manager: SyncManager
+) -> None:
+    """W11: a question that nobody answers must not be the last that this process asks."""
+    async with running(manager_of(primary, ScriptedSecondary("search")).relay()):
+        token = await _token(primary)
+        assert (await manager.wait_for_sync(token, timeout=20)).synced
+        swallow(proxy)
+        lost = await manager.wait_for_sync(await _token(primary), timeout=0.5)
+        assert not lost.synced
+        again = await manager.wait_for_sync(await _token(primary), timeout=timedelta(seconds=20))
+        assert again.synced
+
+
+async def _token(primary: AsyncEngine) -> SyncToken:
+    async with primary.begin() as connection:
+        return await record(connection, change("waited for"))
