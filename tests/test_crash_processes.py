@@ -16,12 +16,17 @@ import pytest
 from outbox.errors import Unavailable
 from outbox.secondaries.base import Applied, Rejected, Retry, Stale
 from outbox.testing.contract import SecondaryContract
-from outbox.testing.crash.plan import FAULTS
+from outbox.testing.crash import nemesis
+from outbox.testing.crash.nemesis import Nemesis
+from outbox.testing.crash.nursery import Nursery
+from outbox.testing.crash.plan import FAULTS, Strike
 from outbox.testing.crash.remote import RemoteSecondary
 from outbox.testing.crash.shelf import serve
 from outbox.testing.crash.terms import SPARED, Terms
 from outbox.testing.crash.wire import Request, ask
-from outbox.testing.history import Recording
+from outbox.testing.history import History, Recording
+from outbox.testing.postgres import EmbeddedPostgres
+from outbox.testing.proxy import Proxy
 from outbox.testing.records import Answered, Opened
 from outbox.testing.records import Applied as Effect
 from outbox.testing.states import write
@@ -176,6 +181,48 @@ async def test_nobody_outlives_the_lab(directory: Path) -> None:
     assert len(pids) >= 4
     await eventually(lambda: all(map(gone, pids)))
     await eventually(lambda: not list(directory.glob("outbox-postgres-*/postmaster.pid")))
+
+
+async def test_who_does_not_end_when_told_to_is_named_and_killed(directory: Path) -> None:
+    async with Nursery(bare(directory)) as nursery:
+        nursery.start("shelf", "shelf-1")
+        nursery.start("shelf", "shelf-2")
+        await eventually(lambda: len(opened(directory / "history.jsonl")) >= 4)
+        nursery.signal("shelf-2", signal.SIGSTOP)
+        await nursery.stop(["shelf-1", "shelf-2"], 1.0)
+        assert nursery.stuck == ["shelf-2"]
+        assert {name for name, _ in nursery.ended} == {"shelf-1", "shelf-2"}
+        assert ("shelf-2", -signal.SIGKILL) in nursery.ended
+
+
+async def test_a_process_says_what_it_is_at(directory: Path) -> None:
+    terms = bare(directory)
+    async with Nursery(terms) as nursery:
+        nursery.start("shelf", "shelf-1")
+        await eventually(lambda: opened(directory / "history.jsonl"))
+        nursery.signal("shelf-1", signal.SIGUSR1)
+        await eventually(lambda: "server.serve_forever" in terms.log.read_text())
+
+
+async def test_a_strike_that_never_ends_is_named_and_left(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def never(*_: object) -> None:
+        await asyncio.Event().wait()
+
+    monkeypatch.setitem(Nemesis.WAYS, "kill", never)
+    monkeypatch.setattr(nemesis, "_LONGEST", 0.05)
+    terms = bare(directory)
+    with History(terms.history) as history:
+        striking = Nemesis(terms, Nursery(terms), EmbeddedPostgres(), Proxy(0, {}), history)
+        await striking.carry_out([Strike(0, "kill", "anywhere", 0, 0)])
+    assert striking.stuck == ["kill anywhere"]
+
+
+def bare(directory: Path) -> Terms:
+    """The terms of a run without a primary."""
+    names = {"history_file": str(directory / "history.jsonl"), "directory": str(directory)}
+    return Terms(
+        seed=1, seconds=0.1, relays=1, writers=1, faults=(), dsn="postgresql+asyncpg://nobody@127.0.0.1:1/none", **names
+    )
 
 
 def opened(history: Path) -> list[Opened]:

@@ -101,6 +101,24 @@ async def test_nobody_is_caught_at_a_stage_that_nobody_reaches(primary: AsyncEng
     assert await written(primary) == [4]
 
 
+@pytest.mark.parametrize("when", ["before", "after"])
+async def test_who_comes_when_nobody_waits_any_more_is_cut_and_not_held_for_ever(
+    primary: AsyncEngine, proxy: Proxy, when: Literal["before", "after"]
+) -> None:
+    """It had stepped in, and had not got as far as being held."""
+    async with client(primary, proxy) as connection:
+        [link] = proxy.links
+        catching = asyncio.create_task(proxy.catch("insert", when, 0.01))
+        await asyncio.sleep(0)
+        trap = proxy.spring("insert", link.name)
+        assert trap is not None
+        assert await catching is None
+        asking = asyncio.create_task(connection.execute("select pg_sleep(20)"))
+        trap.hold(link)
+        with pytest.raises(CUT_OFF):
+            await asking
+
+
 async def test_who_is_spared_is_let_pass(primary: AsyncEngine, proxy: Proxy) -> None:
     catching = asyncio.create_task(proxy.catch("insert", "before", 20, spared="survivor"))
     async with client(primary, proxy, "survivor-1") as connection:

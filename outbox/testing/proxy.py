@@ -35,6 +35,14 @@ class Trap:
         self.when = when
         self.spared = spared
         self.caught: asyncio.Future[Link] = asyncio.get_running_loop().create_future()
+        self.given_up = False
+
+    def hold(self, link: Link) -> None:
+        """Hold a client for whoever set the trap; who comes when he has gone is cut, and not held for ever."""
+        if self.given_up:
+            link.cut()
+        else:
+            self.caught.set_result(link)
 
 
 class Proxy:
@@ -62,11 +70,11 @@ class Proxy:
             async with asyncio.timeout(within):
                 return await asyncio.shield(trap.caught)
         except TimeoutError:
+            return trap.caught.result() if trap.caught.done() else None
+        finally:
+            trap.given_up = not trap.caught.done()
             if trap in self._traps:
                 self._traps.remove(trap)
-                return None
-            # It stepped in just now, and is about to be held.
-            return trap.caught.result() if trap.caught.done() else None
 
     def stage_of(self, statement: str) -> str:
         """Return the name of the stage a statement belongs to; empty when it has none."""
@@ -152,7 +160,7 @@ class Link:
     async def _inward(self) -> None:
         while data := await self._up_reader.read(_CHUNK):
             if self._deaf is not None and not self._deaf.caught.done():
-                self._deaf.caught.set_result(self)
+                self._deaf.hold(self)
             if self.hole or self._deaf is not None:
                 continue
             for chunk in _chunks(data, 100 if self.slow else _CHUNK):
@@ -171,7 +179,7 @@ class Link:
                 trap = self._look(frame)
                 if trap is not None and trap.when == "before":
                     await self._forward(ready)
-                    trap.caught.set_result(self)
+                    trap.hold(self)
                     # Whoever set the trap cuts us.
                     await self._over.wait()
                     return

@@ -52,7 +52,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         )
         log = history.with_suffix(".log")
         try:
-            report, fallen = asyncio.run(run(terms))
+            report, amiss = asyncio.run(run(terms))
         finally:
             if terms.log.exists():
                 shutil.copy(terms.log, log)
@@ -62,17 +62,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
             enter(given.ledger, ran(terms, report, describe_binaries(find_binaries()).split(" from ")[0]))
     sys.stdout.writelines(f"{line}\n" for line in report.lines())
     sys.stdout.writelines(f"{line}\n" for line in (table(terms.asked, found) if terms.asked else ()))
-    wrong = failed(report, fallen, short(terms.asked, found))
-    if fallen:
-        sys.stdout.write(f"ended by themselves: {', '.join(fallen)}\n")
+    wrong = failed(report, amiss, short(terms.asked, found))
+    sys.stdout.writelines(f"{line}\n" for line in amiss)
     if wrong:
         sys.stdout.write(f"seed {given.seed}, history {history}, what the processes said {log}\n")
     return int(wrong)
 
 
-def failed(report: Report, fallen: Sequence[str], missing: Sequence[str]) -> bool:
-    """Whether a run found something, lost a process that should not have ended, or showed less than was asked for."""
-    return report.answer is Answer.INVALID or bool(fallen or missing)
+def failed(report: Report, amiss: Sequence[str], missing: Sequence[str]) -> bool:
+    """Whether a run found something, went otherwise than it should, or showed less than was asked for."""
+    return report.answer is Answer.INVALID or bool(amiss or missing)
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import signal
+import traceback
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager, suppress
 from typing import Any, ClassVar
@@ -25,6 +26,9 @@ from outbox.testing.records import Did, Fired, Healed
 __all__ = ["Nemesis", "Population"]
 
 _PATIENCE = 3.0
+# Strikes wait for each other: only what is far beyond that would never end.
+_LONGEST = 300.0
+_STOPS_WITHIN = 60.0
 _BETWEEN_LOOKS = 0.02
 
 
@@ -50,10 +54,7 @@ class Population:
             each.cancel()
         await asyncio.gather(*keeping, return_exceptions=True)
         self._keeping -= keeping
-        stopping = self._nursery.living(role)
-        for name in stopping:
-            self._nursery.signal(name, signal.SIGTERM)
-        await asyncio.gather(*(self._nursery.end(name) for name in stopping))
+        await self._nursery.stop(self._nursery.living(role), _STOPS_WITHIN)
 
     async def _keep_one(self, role: str) -> None:
         while True:
@@ -80,6 +81,8 @@ class Nemesis:
         self._until = 0.0
         self._shelves: dict[str, asyncio.Lock] = {}
         self._hurt: set[str] = set()
+        self.stuck: list[str] = []
+        """The strikes that did not end by themselves."""
 
     async def carry_out(self, strikes: list[Strike]) -> None:
         """Return when every strike is over and healed, and the time of the terms is up."""
@@ -93,7 +96,15 @@ class Nemesis:
             await asyncio.sleep(self._until - loop.time())
 
     async def _strike(self, strike: Strike) -> None:
-        await self.WAYS[strike.fault](self, strike)
+        limit = asyncio.timeout(_LONGEST)
+        try:
+            async with limit:
+                await self.WAYS[strike.fault](self, strike)
+        except TimeoutError as error:
+            if not limit.expired():
+                raise
+            self.stuck.append(strike.name)
+            traceback.print_exception(error)
 
     async def _kill(self, strike: Strike) -> None:
         """Kill a relay, but not before one got as far as a call: else a slow machine would see nothing done."""

@@ -14,6 +14,7 @@ import select
 import signal
 import sys
 import traceback
+from collections.abc import Sequence
 from types import TracebackType
 from typing import Any, Self
 
@@ -25,6 +26,7 @@ from outbox.testing.crash.terms import Terms, engine_of
 __all__ = ["Nursery", "main"]
 
 _TICK = 0.01
+_TO_SAY = 0.5
 
 
 class Nursery:
@@ -34,6 +36,8 @@ class Nursery:
         self._terms = terms
         self._living: dict[str, asyncio.Future[int]] = {}
         self.ended: list[tuple[str, int]] = []
+        self.stuck: list[str] = []
+        """Who did not end when told to."""
 
     def living(self, role: str) -> list[str]:
         """The names of the processes of a role that were started and have not ended."""
@@ -60,6 +64,19 @@ class Nursery:
     async def end(self, name: str) -> int:
         """Wait until a process has ended, and return its exit code; negative for a signal."""
         return await asyncio.shield(self._living[name])
+
+    async def stop(self, names: Sequence[str], within: float) -> None:
+        """End processes in order; one that does not end in time says what it was at, and is killed."""
+        for name in names:
+            self.signal(name, signal.SIGTERM)
+        ending = {asyncio.create_task(self.end(name), name=name) for name in names}
+        _, left = await asyncio.wait(ending, timeout=within) if ending else (ending, ending)
+        for name in (each.get_name() for each in left):
+            self.stuck.append(name)
+            self.signal(name, signal.SIGUSR1)
+            await asyncio.sleep(_TO_SAY)
+            self.signal(name, signal.SIGKILL)
+        await asyncio.gather(*left)
 
     async def __aenter__(self) -> Self:
         command = [sys.executable, "-m", "outbox.testing.crash.nursery", msgspec.json.encode(self._terms).decode()]

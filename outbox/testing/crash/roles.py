@@ -103,8 +103,15 @@ _ROLES: dict[str, Callable[[Terms, str], Awaitable[None]]] = {
 
 async def _live(role: str, terms: Terms, name: str, lifeline: int) -> None:
     # Nobody outlives the harness, whatever ends it.
-    asyncio.get_running_loop().add_reader(lifeline, os._exit, 71)
+    loop = asyncio.get_running_loop()
+    loop.add_reader(lifeline, os._exit, 71)
+    loop.add_signal_handler(signal.SIGUSR1, _say_what_goes_on)
     await _ROLES[role](terms, name)
+
+
+def _say_what_goes_on() -> None:
+    for task in asyncio.all_tasks():
+        task.print_stack()
 
 
 def live(role: str, terms: Terms, name: str, lifeline: int) -> None:

@@ -62,7 +62,7 @@ _DRAIN = timedelta(seconds=300)
 
 
 async def run(terms: Terms) -> tuple[Report, list[str]]:
-    """Return what the checker says of a run, and which processes ended by themselves, which none should."""
+    """Return what the checker says of a run, and what should not have been: who ended by himself, or never."""
     async with AsyncExitStack() as running:
         server = EmbeddedPostgres(settings=_SETTINGS)
         running.callback(server.close)
@@ -87,7 +87,10 @@ async def run(terms: Terms) -> tuple[Report, list[str]]:
         await people.stop("prover")
         await people.stop("writer")
         await _end(terms, people, history)
-    return check(Recording(terms.history)), nursery.fallen
+    amiss = [f"ended by itself: {name}" for name in nursery.fallen]
+    amiss += [f"did not end when told to: {name}" for name in nursery.stuck]
+    amiss += [f"a strike that never ended: {name}" for name in nemesis.stuck]
+    return check(Recording(terms.history)), amiss
 
 
 async def _prepare(terms: Terms, nursery: Nursery) -> None:

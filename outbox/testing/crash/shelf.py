@@ -174,7 +174,9 @@ class _Shelf:
             async with asyncio.timeout(request.seconds):
                 return {"caller": await ambush.caught, "number": number}
         except TimeoutError:
-            # Nobody came: the future is cancelled with the wait for it.
+            # Mostly nobody came, and the future is cancelled with the wait for it.
+            if not ambush.caught.cancelled():
+                return {"caller": ambush.caught.result(), "number": number}
             del self._ambushes[number]
             return {"caller": "", "number": 0}
 
