@@ -6,7 +6,6 @@ import asyncio
 import os
 import signal
 from collections.abc import Awaitable, Callable
-from contextlib import suppress
 
 from outbox.errors import Unavailable
 from outbox.manager import SyncManager
@@ -24,6 +23,7 @@ from outbox.testing.history import History
 __all__ = ["live", "registrations"]
 
 _BETWEEN_COMPARISONS = 1.0
+_LONGEST_COMPARISON = 300.0
 
 
 def registrations(terms: Terms, caller: str, history: History | None = None) -> list[Registration]:
@@ -69,13 +69,25 @@ async def _prover(terms: Terms, name: str) -> None:
         engine = engine_of(terms, name, command_timeout=4)
         manager = SyncManager(engine, registrations(terms, name, history), config=config_of(terms))
         track_items(manager)
-        stopped = _stopped()
-        while not stopped.is_set():
-            for each in manager.registrations:
-                with suppress(Unavailable, *PRIMARY_FAILED):
-                    await compare(manager, each.backend_id, history)
-            await asyncio.sleep(_BETWEEN_COMPARISONS)
+        proving = asyncio.create_task(_prove(manager, history))
+        asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, proving.cancel)
+        await asyncio.wait([proving])
+        if not proving.cancelled():
+            proving.result()
         await engine.dispose()
+
+
+async def _prove(manager: SyncManager, history: History) -> None:
+    while True:
+        for each in manager.registrations:
+            limit = asyncio.timeout(_LONGEST_COMPARISON)
+            try:
+                async with limit:
+                    await compare(manager, each.backend_id, history)
+            except (Unavailable, *PRIMARY_FAILED) as error:
+                if limit.expired():
+                    raise RuntimeError("a comparison that never ends") from error
+        await asyncio.sleep(_BETWEEN_COMPARISONS)
 
 
 def _stopped() -> asyncio.Event:
