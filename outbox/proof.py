@@ -78,13 +78,18 @@ class Proof:
                     await self.prove_if_due(each)
 
     async def prove(self, registration: Registration, standing: Standing | None = None) -> ReconciliationResult:
-        """Compare one secondary now, at the pace of the background. Raises what `SyncReconciler.reconcile` raises."""
+        """Compare one secondary now, at the pace of the background.
+
+        Raises what `SyncReconciler.reconcile` raises, and `TimeoutError` when a page is not done by the time at which
+        another relay would go on with it.
+        """
         self._resumed_at = time.monotonic()
         schema, secondary = self._config.database_schema, registration.secondary
-        told = partial(self._stand, registration.backend_id)
-        reconciler = SyncReconciler(self._engine, self._source, secondary, schema, _TERMS, self._pause, told)
-        found = await reconciler.reconcile(standing=standing)
-        await self._stand(registration.backend_id, None)
+        async with asyncio.timeout(_PATIENCE.total_seconds()) as limit:
+            pause, told = partial(self._pause, limit), partial(self._stand, registration.backend_id)
+            reconciler = SyncReconciler(self._engine, self._source, secondary, schema, _TERMS, pause, told)
+            found = await reconciler.reconcile(standing=standing)
+            await self._stand(registration.backend_id, None)
         return found
 
     async def prove_if_due(self, registration: Registration) -> None:
@@ -112,7 +117,7 @@ class Proof:
     async def _begin(self, backend_id: str) -> str | None:
         """Return where to go on, as text, empty for the beginning; None when it is not due."""
         parameters = {"backend_id": backend_id, "every": self._config.proof_interval, "patience": _PATIENCE}
-        async with self._engine.begin() as connection:
+        async with asyncio.timeout(_PATIENCE.total_seconds()), self._engine.begin() as connection:
             found: str | None = await connection.scalar(text(BEGIN.on(self._config.database_schema)), parameters)
         return found
 
@@ -122,10 +127,11 @@ class Proof:
             parameters = {"backend_id": backend_id, "standing": written}
             await connection.execute(text(STAND.on(self._config.database_schema)), parameters)
 
-    async def _pause(self) -> None:
-        """Rest as long as keeps the work within its share."""
-        worked = time.monotonic() - self._resumed_at
-        await asyncio.sleep(worked * (1 / self._config.proof_share - 1))
+    async def _pause(self, limit: asyncio.Timeout) -> None:
+        """Rest as long as keeps the work within its share; then there is as much time for the next page."""
+        rest = (time.monotonic() - self._resumed_at) * (1 / self._config.proof_share - 1)
+        limit.reschedule(asyncio.get_running_loop().time() + rest + _PATIENCE.total_seconds())
+        await asyncio.sleep(rest)
         self._resumed_at = time.monotonic()
 
 

@@ -39,6 +39,18 @@ class Gone(MemorySecondary):
         raise Unavailable("refused", "")
 
 
+class Silent(MemorySecondary):
+    """Never answers the first time."""
+
+    asked = 0
+
+    async def summarise(self, *args: Any) -> Any:
+        self.asked += 1
+        if self.asked == 1:
+            await asyncio.Event().wait()
+        return await super().summarise(*args)
+
+
 SOON = {"proof_interval": 0.2, "proof_share": 1.0}
 
 
@@ -183,8 +195,21 @@ async def test_it_keeps_to_its_share_of_the_time(primary: AsyncEngine, monkeypat
     monkeypatch.setattr("outbox.proof.asyncio.sleep", sleep)
     for worked in (100.0, 10.0):
         proof._resumed_at = time.monotonic() - worked
-        await proof._pause()
+        async with asyncio.timeout(None) as limit:
+            await proof._pause(limit)
     assert slept == [pytest.approx(900, rel=0.1), pytest.approx(90, rel=0.1)]
+
+
+async def test_a_page_that_never_comes_is_not_the_last(primary: AsyncEngine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As behind a network that swallows everything, on either side."""
+    monkeypatch.setattr("outbox.proof._PATIENCE", timedelta(seconds=0.5))
+    manager = await tracked(primary, Silent("mirror"))
+    async with running(manager.relay()):
+        await eventually(lambda: _checked(manager))
+
+
+async def _checked(manager: SyncManager) -> bool:
+    return (await manager.backend_status("mirror")).checked is not None
 
 
 @pytest.mark.parametrize("settings", [{"proof_interval": None}, SOON])
