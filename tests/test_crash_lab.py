@@ -47,7 +47,7 @@ def test_every_kind_of_fault_strikes_in_every_way_it_has() -> None:
 @pytest.mark.parametrize("name", sorted(NUMBERS))
 def test_as_much_is_planned_as_is_asked_for_and_more(name: str) -> None:
     numbers = NUMBERS[name]
-    strikes = plan(replace(TERMS, seconds=numbers.seconds, often=numbers.often))
+    strikes = plan(replace(TERMS, seconds=numbers.seconds, numbers=numbers))
     planned = Counter(strike.fault for strike in strikes)
     at_commit = sum(strike.fault == "cut" and strike.stage == "commit" for strike in strikes)
     asked = numbers.asked

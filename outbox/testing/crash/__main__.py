@@ -15,7 +15,7 @@ from outbox.testing.binaries import describe_binaries, find_binaries
 from outbox.testing.checker import Report
 from outbox.testing.checks.verdict import Answer
 from outbox.testing.crash.ledger import enter, ran
-from outbox.testing.crash.numbers import NUMBERS, Numbers, reached, short, table
+from outbox.testing.crash.numbers import NOTHING_ASKED, NUMBERS, reached, short, table
 from outbox.testing.crash.plan import FAULTS
 from outbox.testing.crash.run import run
 from outbox.testing.crash.terms import Terms
@@ -31,7 +31,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if unknown := set(faults) - set(FAULTS):
         sys.stderr.write(f"unknown faults: {', '.join(sorted(unknown))}; there are {', '.join(FAULTS)}\n")
         return 2
-    numbers = NUMBERS[given.numbers] if given.numbers else Numbers(60.0, {})
+    numbers = NUMBERS[given.numbers] if given.numbers else NOTHING_ASKED
     seconds = given.seconds or numbers.seconds
     with tempfile.TemporaryDirectory(prefix="outbox-crash-") as directory:
         history = given.history or Path(tempfile.gettempdir()) / f"outbox-crash-{given.seed}.jsonl"
@@ -43,10 +43,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             writers=given.writers,
             survivors=given.survivors,
             faults=faults,
-            asked=numbers.within(seconds),
-            often=numbers.often,
-            poison=numbers.poison,
-            connections=numbers.connections,
+            numbers=numbers,
             history_file=str(history.absolute()),
             directory=directory,
         )

@@ -9,7 +9,7 @@ import msgspec
 
 from outbox.testing.records import Did, Ended, Fired, Record, Recorded, Undone
 
-__all__ = ["NUMBERS", "Numbers", "reached", "short", "table"]
+__all__ = ["NOTHING_ASKED", "NUMBERS", "Numbers", "reached", "short", "table"]
 
 _AT_COMMIT = ("cut before commit", "cut after commit", "cut swallowed")
 
@@ -18,7 +18,8 @@ class Numbers(msgspec.Struct, frozen=True):
     """So many of each in so many seconds; a shorter run is asked for its share.
 
     `often` says how many times a second a fault strikes where that is not as usual, `poison` which share of events
-    nobody takes, `connections` how many a relay opens.
+    nobody takes, each of which kills its key for good: in log order nothing of it goes on after that. `connections` is
+    how many a relay opens.
     """
 
     seconds: float
@@ -31,6 +32,9 @@ class Numbers(msgspec.Struct, frozen=True):
         """Return what a run of so many seconds is asked for."""
         return {kind: max(1, int(times * seconds / self.seconds)) for kind, times in self.asked.items()}
 
+
+NOTHING_ASKED = Numbers(60, {})
+"""What a run is like that is to show nothing in particular."""
 
 NUMBERS = {
     "ci": Numbers(

@@ -83,7 +83,7 @@ def plan(terms: Terms) -> list[Strike]:
     for fault in terms.faults:
         kind, dice = FAULTS[fault], random.Random(f"{terms.seed} {fault}")  # noqa: S311 - not a secret
         # As many as the rate says, at any time: what a run is asked for must not be for the dice to give.
-        for _ in range(round(terms.often.get(fault, kind.per_second) * terms.seconds)):
+        for _ in range(round(terms.numbers.often.get(fault, kind.per_second) * terms.seconds)):
             at, lasting = dice.uniform(0, terms.seconds), dice.uniform(*kind.leases) * terms.lease
             strikes.append(Strike(at, fault, dice.choice(kind.ways), lasting, dice.randrange(2**31)))
     return sorted(strikes, key=lambda strike: strike.at)

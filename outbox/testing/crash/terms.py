@@ -10,6 +10,7 @@ import msgspec
 from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
 
 from outbox.settings import SyncConfig
+from outbox.testing.crash.numbers import NOTHING_ASKED, Numbers
 
 __all__ = ["BACKENDS", "SPARED", "Terms", "config_of", "engine_of"]
 
@@ -32,16 +33,17 @@ class Terms(msgspec.Struct, frozen=True, kw_only=True):
     faults: tuple[str, ...]
     history_file: str
     directory: str
-    asked: dict[str, int] = {}
-    often: dict[str, float] = {}
-    # The share of events that nobody takes. Each kills its key for good: in log order nothing of it goes on after that.
-    poison: float = 0.002
-    connections: int = 4
+    numbers: Numbers = NOTHING_ASKED
     survivors: int = 0
     dsn: str = ""
     hot_keys: int = 400
     keys: int = 1_200
     lease: float = 1.0
+
+    @property
+    def asked(self) -> dict[str, int]:
+        """What is to be reached in that time."""
+        return self.numbers.within(self.seconds)
 
     @property
     def prunes(self) -> bool:
@@ -77,7 +79,7 @@ def config_of(terms: Terms) -> SyncConfig:
         retry_max=timedelta(milliseconds=500),
         breaker_initial=timedelta(milliseconds=100),
         breaker_max=timedelta(milliseconds=500),
-        relay_connections=terms.connections,
+        relay_connections=terms.numbers.connections,
         prune_interval=timedelta(seconds=1),
         keep_events=timedelta(seconds=5) if terms.prunes else timedelta(days=1),
         statement_timeout=timedelta(seconds=5),

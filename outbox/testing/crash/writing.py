@@ -192,7 +192,7 @@ class _Author:
     def _anything(self, transaction: str, number: int) -> str:
         """Mostly what nobody wrote before; where that is asked for, what cannot be delivered."""
         drawn = self._random.random()
-        if "poison" in self._terms.faults and drawn < self._terms.poison:
+        if "poison" in self._terms.faults and drawn < self._terms.numbers.poison:
             return f'{{{POISON}:true,"by":"{transaction}","number":{number}}}'
         if "deadly" in self._terms.faults and 0.5 < drawn < 0.52 and number < _DEADLY_KEYS:
             return f'{{{DEADLY}:true,"by":"{transaction}","number":{number}}}'
