@@ -108,7 +108,7 @@ class Carrier:
         """Carry one batch; return how many deliveries it held, 0 when nothing was due."""
         # Held keys count as due here, however short ago they were looked at.
         self._resume_at = 0.0
-        while (attempts := await self._claim(1)) is None:
+        while (attempts := await self.hands.claimed(self._claim(1))) is None:
             await self._rung(_SHORTEST_SLEEP)
         carrying = [self.hands.take(attempt) for attempt in attempts]
         await self._floors.mind(busy=bool(attempts))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import logging
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
@@ -34,6 +34,7 @@ _log = logging.getLogger("outbox.relay")
 
 _T = TypeVar("_T")
 _HANDING_BACK = 5.0
+_LAST_CLAIM = 0.5
 _ANSWERED = (Applied, Stale, Retry, Rejected)
 
 
@@ -100,6 +101,20 @@ class Hands:
         self._carrying.add(carrying)
         carrying.add_done_callback(self._carried)
         return carrying
+
+    async def claimed(self, claim: Coroutine[Any, Any, list[Opened] | None]) -> list[Opened] | None:
+        """Return what a claim opened; when the caller is cancelled meanwhile it is taken in hand, to be handed back."""
+        claiming = asyncio.create_task(claim)
+        try:
+            return await asyncio.shield(claiming)
+        except asyncio.CancelledError:
+            # Cut off at its commit, nobody would know of what it opened; a primary that hangs is not waited for.
+            await asyncio.wait({claiming}, timeout=_LAST_CLAIM)
+            claiming.cancel()
+            with suppress(asyncio.CancelledError, *PRIMARY_FAILED):
+                for opened in await claiming or ():
+                    self.take(opened)
+            raise
 
     def give_up(self, attempt_ids: set[int]) -> None:
         """Stop dispatching these attempts; settling them hands back what is still ours."""

@@ -13,7 +13,9 @@ from sqlalchemy.ext.asyncio import AsyncEngine
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
 from outbox import SyncManager, SyncMode, SyncToken, record
+from outbox.carrier import Carrier
 from outbox.floors import Floors
+from outbox.hands import Opened
 from tests.relaying import change, manager_of, pending, raw, rows, running, value, write
 from tests.scripted import ScriptedSecondary
 from tests.waiting import eventually
@@ -131,6 +133,28 @@ async def test_whoever_is_cancelled_right_after_a_claim_leaves_nothing_out(
     assert await cancelled_within(calling) < A_SECOND
     assert await value(primary, "select count(*) from outbox_attempt where finished_at is null") == 0
     assert await value(primary, "select sum(retried + lost) from outbox_attempt") == 0
+
+
+@pytest.mark.parametrize("name", ["run_once", "drain"])
+async def test_whoever_is_cancelled_in_a_claim_leaves_nothing_out(
+    primary: AsyncEngine, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    """B8: it may have committed already, and its answer be on the way."""
+    _, manager, token = await house(primary)
+    claim, claimed = Carrier._claim, asyncio.Event()
+
+    async def answered_late(carrier: Carrier, slots: int) -> list[Opened] | None:
+        opened = await claim(carrier, slots)
+        claimed.set()
+        await asyncio.sleep(0.1)
+        return opened
+
+    monkeypatch.setattr(Carrier, "_claim", answered_late)
+    calling = asyncio.create_task(_call(AT_THE_SECONDARY[name], manager, token))
+    await claimed.wait()
+    assert await cancelled_within(calling) < A_SECOND
+    assert await value(primary, "select count(*) from outbox_attempt where finished_at is null") == 0
+    assert await value(primary, "select released from outbox_attempt") == 1
 
 
 async def _nothing_owed(primary: AsyncEngine) -> bool:
