@@ -101,10 +101,14 @@ async def test_a_relay_whose_network_swallows_everything_ends_in_bounded_time(
     assert time.monotonic() - began < 20
 
 
+@pytest.mark.parametrize("driver", ["asyncpg", "psycopg"])
 async def test_who_waits_is_answered_again_over_a_new_connection(
-    primary: AsyncEngine, behind: AsyncEngine, proxy: Proxy, manager: SyncManager
+    primary: AsyncEngine, behind: AsyncEngine, proxy: Proxy, driver: str
 ) -> None:
-    """W11: a question that nobody answers must not be the last that this process asks."""
+    """W11: a question that nobody answers must not be the last that this process asks, whatever the driver."""
+    engine = create_async_engine(behind.url.set(drivername=f"postgresql+{driver}"))
+    manager = manager_of(engine, ScriptedSecondary("search"))
+    await manager.register()
     async with running(manager_of(primary, ScriptedSecondary("search")).relay()):
         token = await _token(primary)
         assert (await manager.wait_for_sync(token, timeout=20)).synced
@@ -113,6 +117,10 @@ async def test_who_waits_is_answered_again_over_a_new_connection(
         assert not lost.synced
         again = await manager.wait_for_sync(await _token(primary), timeout=timedelta(seconds=20))
         assert again.synced
+    for link in proxy.links:
+        link.cut()
+    await manager.aclose()
+    await engine.dispose()
 
 
 async def _token(primary: AsyncEngine) -> SyncToken:
