@@ -84,11 +84,11 @@ class Nemesis:
         self.stuck: list[str] = []
         """The strikes that did not end by themselves."""
 
-    async def carry_out(self, strikes: list[Strike]) -> None:
-        """Return when every strike is over and healed, and the time of the terms is up."""
+    async def carry_out(self, strikes: list[Strike], seconds: float) -> None:
+        """Return when every strike is over and healed, and so many seconds are over."""
         loop = asyncio.get_running_loop()
         began = loop.time()
-        self._until = began + self._terms.seconds
+        self._until = began + seconds
         async with asyncio.TaskGroup() as group:
             for strike in strikes:
                 await asyncio.sleep(began + strike.at - loop.time())

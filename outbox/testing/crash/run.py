@@ -81,7 +81,7 @@ async def run(terms: Terms) -> tuple[Report, list[str]]:
             people.keep(role)
         nemesis = Nemesis(terms, nursery, server, proxy, history)
         for each in _rounds(terms):
-            await nemesis.carry_out(plan(each))
+            await nemesis.carry_out(plan(each), each.seconds)
             if not await asyncio.to_thread(_short, terms):
                 break
         await people.stop("prover")
