@@ -54,13 +54,15 @@ class Watch:
             connection = await self._primary.reserved()
         try:
             async with self._soon():
+                await self._keep_leases(connection)
+            async with self._soon():
                 await self._listen(connection)
             # Whatever was rung while nobody listened is found by looking once.
             self._ring()
             while True:
+                await asyncio.sleep(self._config.lease.total_seconds() / 3)
                 async with self._soon():
                     await self._keep_leases(connection)
-                await asyncio.sleep(self._config.lease.total_seconds() / 3)
         finally:
             connection.terminate()
 

@@ -177,7 +177,7 @@ class Killed:
     def __init__(self, after: int) -> None:
         self._left = after
 
-    async def __call__(self) -> None:
+    async def __call__(self, _: object) -> None:
         self._left -= 1
         if self._left == 0:
             raise asyncio.CancelledError
