@@ -111,8 +111,9 @@ class Hands:
             # Cut off at its commit, nobody would know of what it opened; a primary that hangs is not waited for.
             await asyncio.wait({claiming}, timeout=_LAST_CLAIM)
             claiming.cancel()
-            with suppress(asyncio.CancelledError, *PRIMARY_FAILED):
-                for opened in await claiming or ():
+            await asyncio.wait({claiming}, timeout=_LAST_CLAIM)
+            if claiming.done() and not claiming.cancelled() and claiming.exception() is None:
+                for opened in claiming.result() or ():
                     self.take(opened)
             raise
 

@@ -37,7 +37,7 @@ async def behind(primary: AsyncEngine, proxy: Proxy) -> AsyncIterator[AsyncEngin
 
 
 @pytest.fixture
-async def secondary() -> ScriptedSecondary:
+def secondary() -> ScriptedSecondary:
     return ScriptedSecondary("search")
 
 
@@ -55,7 +55,7 @@ def swallow(proxy: Proxy) -> None:
         link.hole = True
 
 
-async def carried(primary: AsyncEngine, manager: SyncManager, *events: SyncEvent) -> None:
+async def carried(primary: AsyncEngine, *events: SyncEvent) -> None:
     async with primary.begin() as connection:
         await record(connection, *events)
     await eventually(lambda: _nothing_owed(primary))
@@ -70,9 +70,9 @@ async def test_a_relay_whose_network_swallows_everything_goes_on_over_new_connec
 ) -> None:
     """L9: claims and heartbeats both; else it would be alive and carry nothing until the kernel gives up."""
     async with running(manager.relay()):
-        await carried(primary, manager, change("before"))
+        await carried(primary, change("before"))
         swallow(proxy)
-        await carried(primary, manager, change("after"))
+        await carried(primary, change("after"))
         # Longer than a lease: without a heartbeat anybody else could take it over.
         secondary.hang()
         async with primary.begin() as connection:
@@ -91,7 +91,7 @@ async def test_a_relay_whose_network_swallows_everything_ends_in_bounded_time(
     """L9: a relay that cannot be stopped is killed by whoever supervises it."""
     relay = manager.relay()
     task = asyncio.create_task(relay.run())
-    await carried(primary, manager, change("before"))
+    await carried(primary, change("before"))
     swallow(proxy)
     await asyncio.sleep(0.1)
     began = time.monotonic()
