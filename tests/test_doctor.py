@@ -299,7 +299,7 @@ async def test_connections_that_run_out() -> None:
         manager = await looked(engine, CheckedSecondary("search"), relay_connections=2)
         assert (await found(manager, "connections")).verdict is Verdict.OK
         async with AsyncExitStack() as open_ones:
-            for _ in range(6):
+            for _ in range(7):  # with the one that asks, two of ten are left
                 await open_ones.enter_async_context(raw(engine))
             assert (await found(manager, "connections")).verdict is Verdict.WARNING
         await manager.aclose()
