@@ -20,7 +20,7 @@ demo: $(DEMO) ## See it work, in about a minute (ARGS=--once ends with an exit s
 	@$(BIN)/outbox demo $(ARGS)
 
 test: $(TEST) ## Run every test and check (ARGS="-k claim" narrows it)
-	@$(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile $(ARGS)
+	@$(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 zoo: $(TEST) ## Put every known defect in, one at a time: named tests must catch each
 	@OUTBOX_TEST_ZOO=all $(BIN)/python -m pytest tests/zoo $(ARGS)

@@ -30,6 +30,12 @@ _SERVER = pytest.StashKey[PostgresServer]()
 _ORIGINS = pytest.StashKey[set[str]]()
 
 
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Begin with the files that take longest, so that no process is left alone with one at the end."""
+    items.sort(key=lambda item: item.get_closest_marker("long") is None)
+
+
 @pytest.hookimpl(optionalhook=True)
 def pytest_testnodedown(node: Any, error: object) -> None:
     """Keep which PostgreSQL a process of the tests ran on: each has its own."""

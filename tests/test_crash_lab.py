@@ -23,6 +23,8 @@ from outbox.testing.crash.terms import Terms
 from outbox.testing.history import Recording
 from outbox.testing.records import Did, Ended, Entry, Fired, Measured, Promised, Record, Recorded, Undone
 
+pytestmark = pytest.mark.long
+
 SECONDS = float(os.environ.get("OUTBOX_TEST_CRASH_SECONDS", "60"))
 SEED = int(os.environ.get("OUTBOX_TEST_CRASH_SEED") or secrets.randbelow(1_000_000))
 TERMS = Terms(seed=7, seconds=600, relays=3, writers=2, faults=tuple(FAULTS), history_file="", directory="")

@@ -23,11 +23,12 @@ from pathlib import Path
 from outbox.testing.history import History
 from outbox.testing.records import Did
 history = History(Path(sys.argv[1]), process=sys.argv[2])
-sys.stdout.write("ready\\n"); sys.stdout.flush()
 number = 0
 while True:
     number += 1
     history.write(Did(operation=f"{number} " + "x" * 3000))
+    if number == 1:
+        sys.stdout.write("begun\\n"); sys.stdout.flush()
 """
 
 

@@ -277,7 +277,8 @@ async def test_a_claim_takes_at_most_what_it_asked_for(primary: AsyncEngine, pla
     """L8, and that nothing is taken twice or left: a limited, locking select must be evaluated once."""
     async with plain(primary) as admin, (pinned if planner == "pinned" else plain)(primary) as connection:
         await leave_statistics_to_us(admin)
-        await connection.execute(PLANNERS.get(planner, "select"))
+        # To compile what is believed to be huge takes a minute, and changes no answer.
+        await connection.execute(f"set jit = off; {PLANNERS.get(planner, 'select')}")
         for belief in BELIEFS.values():
             await fill(admin, 150, holds=30)
             await admin.execute(belief)

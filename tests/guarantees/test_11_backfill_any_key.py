@@ -184,7 +184,7 @@ async def test_a_tenant_that_only_the_object_knows(primary: AsyncEngine) -> None
     """K3: the class is read once for its tenants, and once for each of them."""
     base = declarative_base()
     thing: Any = type("Thing", (base,), {"__tablename__": "thing", "id": Column(Integer, primary_key=True)})
-    await table_of(primary, base, "insert into thing select generate_series(1, 1_200)")
+    await table_of(primary, base, "insert into thing select generate_series(1, 1200)")
     await filled(primary, thing, tenant=lambda row: f"t{row.id % 2}", content=lambda _: {})
     assert await value(primary, "select count(distinct (tenant_id, resource_id)) from outbox") == 1_200
     assert await value(primary, "select count(*) from outbox where tenant_id = 't1'") == 600

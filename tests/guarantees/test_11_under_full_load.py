@@ -23,6 +23,8 @@ from tests.relaying import pending, rows, running
 from tests.scripted import ScriptedSecondary
 from tests.waiting import eventually
 
+pytestmark = pytest.mark.long
+
 SECONDS = float(os.environ.get("OUTBOX_TEST_RECONCILE_SECONDS", "20"))
 TENANTS = ("north", "south")
 BUSY = [f"busy-{number:02d}" for number in range(40)]

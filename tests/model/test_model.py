@@ -18,6 +18,8 @@ from tests.conftest import new_database
 from tests.model.ground import TROUBLES, Ground
 from tests.model.machine import OutboxMachine
 
+pytestmark = pytest.mark.long
+
 EXAMPLES = int(os.environ.get("OUTBOX_TEST_MODEL_EXAMPLES", "60"))
 SETTINGS = settings(
     max_examples=EXAMPLES,
