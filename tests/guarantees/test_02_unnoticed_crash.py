@@ -13,13 +13,8 @@ from outbox.record import record
 from outbox.register import Registration
 from outbox.retry import RetryPolicy
 from outbox.secondaries.memory import MemorySecondary
-from outbox.testing.postgres import EmbeddedPostgres
-from tests.relaying import change, manager_of, own_server, quick, raw
-
-# What no checkpoint and nobody's commit wrote, a crash takes with it: positions, and transaction ids. Unless the log's
-# own writer wakes at just that moment, as it does every ten seconds.
-ROUNDS = 5
-FORGETFUL = {"wal_writer_delay": "10s", "autovacuum": "off", "wal_level": "minimal", "max_wal_senders": "0"}
+from tests.forgetful import forgetful_server, log_held
+from tests.relaying import change, manager_of, quick, raw
 
 
 async def record_each(engine: AsyncEngine, *names: str) -> list[int]:
@@ -34,47 +29,32 @@ async def look(carrier: Carrier) -> int:
     return await carrier.run_once()
 
 
-async def swallowed(server: EmbeddedPostgres, engine: AsyncEngine, carrier: Carrier) -> list[int]:
-    """Positions that a floor was about to pass when a crash came, which nobody's statement met."""
-    async with raw(engine) as writer:
-        await writer.execute("checkpoint")
-        await writer.transaction().start()
-        lost = (await record(writer, [change(f"lost{number}") for number in range(20)])).positions
-        carrier._floors._raised_at = 0.0
-        await carrier._floors.mind(busy=True)
-        server.crash()
-    server.start()
-    await engine.dispose()
-    return lost
-
-
-async def given_again(server: EmbeddedPostgres, engine: AsyncEngine, carrier: Carrier, primary: Primary) -> list[int]:
-    """Such positions, of which the first has another event by now, that nobody carried yet."""
-    for _ in range(ROUNDS):
-        lost = await swallowed(server, engine, carrier)
-        # By now the driver knows that its connections are gone, and makes others without a word.
-        await primary.wait()
-        async with raw(engine) as connection:
-            for _ in range(20):
-                await connection.execute("select pg_current_xact_id()")
-        early = await record_each(engine, "early")
-        if early[0] <= lost[-1]:
-            return lost
-        await look(carrier)
-    raise AssertionError(f"{ROUNDS} crashes kept the positions that were drawn: this shows nothing")
-
-
 async def test_positions_that_are_given_again_after_a_crash_are_not_passed_by() -> None:
     """L1, A7: what a floor was about to pass, seen before the crash, is not what has these positions now."""
     memory, config = MemorySecondary(), quick()
-    with own_server(**FORGETFUL) as server:
+    with forgetful_server() as server:
         engine = create_async_engine(server.dsn())
         await migrate(engine)
         await manager_of(engine, memory).register()
         primary = Primary(engine, config)
         carrier = Carrier(Registration(memory), primary, config, RetryPolicy.from_config(config), uuid4())
         await primary.open()
-        lost = await given_again(server, engine, carrier, primary)
+        async with raw(engine) as writer:
+            with log_held(server) as crash:
+                await writer.transaction().start()
+                lost = (await record(writer, [change(f"lost{number}") for number in range(20)])).positions
+                carrier._floors._raised_at = 0.0
+                await carrier._floors.mind(busy=True)
+                crash()
+        server.start()
+        await engine.dispose()
+        # By now the driver knows that its connections are gone, and makes others without a word.
+        await primary.wait()
+        async with raw(engine) as connection:
+            for _ in range(20):
+                await connection.execute("select pg_current_xact_id()")
+        early = await record_each(engine, "early")
+        assert early[0] <= lost[-1], "the crash kept the positions that were drawn, so nothing is shown"
         assert await look(carrier) == 1
         late = await record_each(engine, "late", "later")
         assert late[-1] <= lost[-1]

@@ -97,7 +97,10 @@ def restore(postgres: PostgresServer, file: Path, name: str) -> None:
 
 
 def _tool(name: str, *arguments: str) -> None:
-    subprocess.run([find_binaries() / name, *arguments], check=True)
+    program = find_binaries() / name
+    if not program.exists():
+        pytest.skip(f"this PostgreSQL came without {name}")
+    subprocess.run([program, *arguments], check=True)
 
 
 async def test_a_relay_carries_nothing_to_a_secondary_that_is_ahead_and_says_so(

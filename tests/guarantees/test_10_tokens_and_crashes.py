@@ -11,19 +11,17 @@ from outbox import SyncManager, SyncState, SyncStatus, SyncToken
 from outbox.migrate import migrate
 from outbox.record import record
 from outbox.testing.postgres import EmbeddedPostgres
-from tests.relaying import change, manager_of, own_server, raw
+from tests.forgetful import forgetful_server, log_held
+from tests.relaying import change, manager_of, raw
 from tests.scripted import ScriptedSecondary
 
 MANY = 3
-ROUNDS = 20
-# Nobody else writes to the log what would make the lost positions durable by chance.
-QUIET = {"wal_writer_delay": "10s", "autovacuum": "off", "wal_level": "minimal", "max_wal_senders": "0"}
 
 
 @asynccontextmanager
 async def quiet_primary() -> AsyncIterator[tuple[EmbeddedPostgres, AsyncEngine]]:
     """A server to crash, which forgets what was not committed, with the tables in it."""
-    with own_server(**QUIET) as server:
+    with forgetful_server() as server:
         engine = create_async_engine(server.dsn())
         await migrate(engine)
         yield server, engine
@@ -33,11 +31,10 @@ async def quiet_primary() -> AsyncIterator[tuple[EmbeddedPostgres, AsyncEngine]]
 async def swallowed(server: EmbeddedPostgres, engine: AsyncEngine, resource_id: str) -> SyncToken:
     """The token of a transaction whose end the server did not live to see."""
     async with raw(engine) as connection:
-        # From here on the log has to tell of every position and transaction id anew.
-        await connection.execute("checkpoint")
-        await connection.transaction().start()
-        token = await record(connection, [change(f"{resource_id}-{number}") for number in range(MANY)])
-        server.crash()
+        with log_held(server) as crash:
+            await connection.transaction().start()
+            token = await record(connection, [change(f"{resource_id}-{number}") for number in range(MANY)])
+            crash()
     server.start()
     await engine.dispose()
     return token
@@ -50,12 +47,10 @@ async def committed(engine: AsyncEngine, resource_id: str) -> SyncToken:
 
 async def swallowed_and_given_again(server: EmbeddedPostgres, engine: AsyncEngine) -> tuple[SyncToken, SyncToken]:
     """Two tokens that name the same transaction id and the same positions, of which only the second committed."""
-    for _ in range(ROUNDS):
-        lost, kept = await swallowed(server, engine, "lost"), await committed(engine, "kept")
-        [first], [second] = lost.recorded, kept.recorded
-        if (first.transaction_id, first.runs) == (second.transaction_id, second.runs):
-            return lost, kept
-    raise AssertionError(f"{ROUNDS} crashes gave nothing again: this shows nothing")
+    lost, kept = await swallowed(server, engine, "lost"), await committed(engine, "kept")
+    [first], [second] = lost.recorded, kept.recorded
+    assert (first.transaction_id, first.runs) == (second.transaction_id, second.runs), "nothing was given again"
+    return lost, kept
 
 
 async def said(manager: SyncManager, *tokens: SyncToken) -> SyncStatus:
