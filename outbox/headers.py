@@ -23,6 +23,8 @@ _ambient: ContextVar[Mapping[str, str]] = ContextVar("outbox_headers", default=_
 class Carrying(list[SyncEvent]):
     """Events that have their headers; whoever writes them later, in another context, adds none."""
 
+    __slots__ = ()
+
 
 @contextmanager
 def headers(

@@ -6,14 +6,15 @@ from collections.abc import Awaitable, Callable, Iterable, Sequence
 from functools import cache
 from typing import TYPE_CHECKING, Any, TypeAlias, overload
 
-from sqlalchemy import Connection
+from sqlalchemy import Connection, CursorResult
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from outbox.errors import NotInTransaction
 from outbox.event import SyncEvent
 from outbox.headers import carrying
-from outbox.recording import Recording
+from outbox.recording import ANYBODY, Question, is_for_nobody, questions, refuse_nobody, token_of
+from outbox.statement import Statement
 from outbox.token import SyncToken
 
 if TYPE_CHECKING:
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
 
 __all__ = ["record", "refuse_autocommit"]
 
-_Way: TypeAlias = Callable[[Any, str, Recording], SyncToken | Awaitable[SyncToken]]
+_Way: TypeAlias = Callable[[Any, str, Iterable[Question]], SyncToken | Awaitable[SyncToken]]
 
 
 @overload
@@ -64,7 +65,7 @@ def record(
     """
     chosen = carrying([events] if isinstance(events, SyncEvent) else events)
     kind: Any = type(connection)
-    return _way(kind)(connection, schema, Recording(chosen, backend_ids))
+    return _way(kind)(connection, schema, questions(chosen, backend_ids))
 
 
 @cache
@@ -82,22 +83,30 @@ def _way(kind: type[Any]) -> _Way:
     raise TypeError(f"record: takes a SQLAlchemy, asyncpg or psycopg connection, not {kind!r}")
 
 
-def _on_sqlalchemy(connection: Connection, schema: str, recording: Recording) -> SyncToken:
+def _on_sqlalchemy(connection: Connection, schema: str, asked: Iterable[Question]) -> SyncToken:
     refuse_autocommit(connection)
+    rows: list[Any] = []
     try:
-        for statement, parameters in recording:
-            # Past SQLAlchemy's compiler, which would take as long as all of ours.
-            called = statement.call(schema, connection.dialect.driver, parameters)
-            recording.rows += connection.exec_driver_sql(*called)
+        for question in asked:
+            rows += _answer_of_sqlalchemy(connection, schema, *question)
+        if is_for_nobody(rows):
+            refuse_nobody(_answer_of_sqlalchemy(connection, schema, ANYBODY, {}).all())
     except DBAPIError as error:
         # Its text would quote the parameters, which are content.
         error.hide_parameters = True
         raise
-    return recording.token
+    return token_of(rows)
 
 
-async def _on_async_sqlalchemy(connection: AsyncConnection, schema: str, recording: Recording) -> SyncToken:
-    return await connection.run_sync(_on_sqlalchemy, schema, recording)
+def _answer_of_sqlalchemy(
+    connection: Connection, schema: str, statement: Statement, parameters: dict[str, Any]
+) -> CursorResult[Any]:
+    # Past SQLAlchemy's compiler, which would take as long as all of ours.
+    return connection.exec_driver_sql(*statement.call(schema, connection.dialect.driver, parameters))
+
+
+async def _on_async_sqlalchemy(connection: AsyncConnection, schema: str, asked: Iterable[Question]) -> SyncToken:
+    return await connection.run_sync(_on_sqlalchemy, schema, asked)
 
 
 def refuse_autocommit(connection: Connection) -> None:
@@ -106,29 +115,39 @@ def refuse_autocommit(connection: Connection) -> None:
         raise _no_transaction()
 
 
-async def _on_asyncpg(connection: Any, schema: str, recording: Recording) -> SyncToken:
+async def _on_asyncpg(connection: Any, schema: str, asked: Iterable[Question]) -> SyncToken:
     if not connection.is_in_transaction():
         raise _no_transaction()
-    for statement, parameters in recording:
-        recording.rows += await connection.fetch(*statement.arguments(schema, parameters))
-    return recording.token
+    rows: list[Any] = []
+    for statement, parameters in asked:
+        rows += await connection.fetch(*statement.arguments(schema, parameters))
+    if is_for_nobody(rows):
+        refuse_nobody(await connection.fetch(*ANYBODY.arguments(schema, {})))
+    return token_of(rows)
 
 
-def _on_psycopg(connection: Any, schema: str, recording: Recording) -> SyncToken:
+def _on_psycopg(connection: Any, schema: str, asked: Iterable[Question]) -> SyncToken:
     _refuse_idle_autocommit(connection)
+    rows: list[Any] = []
     with connection.cursor(row_factory=_tuples) as cursor:
-        for statement, parameters in recording:
-            recording.rows += cursor.execute(*statement.call(schema, "psycopg", parameters)).fetchall()
-    return recording.token
+        for statement, parameters in asked:
+            rows += cursor.execute(*statement.call(schema, "psycopg", parameters)).fetchall()
+        if is_for_nobody(rows):
+            refuse_nobody(cursor.execute(*ANYBODY.call(schema, "psycopg", {})).fetchall())
+    return token_of(rows)
 
 
-async def _on_async_psycopg(connection: Any, schema: str, recording: Recording) -> SyncToken:
+async def _on_async_psycopg(connection: Any, schema: str, asked: Iterable[Question]) -> SyncToken:
     _refuse_idle_autocommit(connection)
+    rows: list[Any] = []
     async with connection.cursor(row_factory=_tuples) as cursor:
-        for statement, parameters in recording:
+        for statement, parameters in asked:
             await cursor.execute(*statement.call(schema, "psycopg", parameters))
-            recording.rows += await cursor.fetchall()
-    return recording.token
+            rows += await cursor.fetchall()
+        if is_for_nobody(rows):
+            await cursor.execute(*ANYBODY.call(schema, "psycopg", {}))
+            refuse_nobody(await cursor.fetchall())
+    return token_of(rows)
 
 
 def _tuples(_cursor: Any) -> type[tuple[Any, ...]]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 from outbox.errors import NoSecondary
@@ -11,7 +11,7 @@ from outbox.schema import STAMP
 from outbox.statement import Statement
 from outbox.token import SyncToken
 
-__all__ = ["ANYBODY", "RECORD", "RECORD_ONE", "Recording"]
+__all__ = ["ANYBODY", "RECORD", "RECORD_ONE", "Question", "is_for_nobody", "questions", "refuse_nobody", "token_of"]
 
 # Whom the registry names, as the statement that records sees it.
 _REGISTERED = """from {schema}.outbox_secondary as secondary
@@ -104,41 +104,43 @@ select event_id, owed_to, transaction_id, stamp from event
 _ROWS_PER_STATEMENT = 1_000
 
 
-class Recording:
-    """Events on their way into the tables: iterate, ask each question, put its rows into `rows`, then take `token`.
-
-    The questions are (statement, parameters), and writing is done with the last. Iterating raises `NoSecondary`.
-    """
-
-    def __init__(self, events: Sequence[SyncEvent], backend_ids: Sequence[str] | None) -> None:
-        self._events = events
-        self._backend_ids = None if backend_ids is None else list(backend_ids)
-        self.rows: list[Any] = []
-
-    def __iter__(self) -> Iterator[tuple[Statement, dict[str, Any]]]:
-        yield from _questions(self._events, self._backend_ids)
-        if self.rows and not self.rows[0][1]:
-            yield ANYBODY, {}
-            if not self.rows.pop()[0]:
-                raise NoSecondary(
-                    "record: no secondary is registered, so nobody would ever get these events; "
-                    "start a relay, or call `await manager.register()`, before the first write"
-                )
-
-    @property
-    def token(self) -> SyncToken:
-        """What was recorded."""
-        rows = self.rows
-        # PostgreSQL's transaction ids have a type of their own, which not every driver knows as a number.
-        return SyncToken.of(int(rows[0][2]), rows[0][3], [row[:2] for row in rows]) if rows else SyncToken.of(0, 0, [])
+# A statement, and what it takes.
+Question = tuple[Statement, dict[str, Any]]
 
 
-def _questions(
-    events: Sequence[SyncEvent], backend_ids: list[str] | None
-) -> Iterator[tuple[Statement, dict[str, Any]]]:
-    if len(events) == 1:
-        yield RECORD_ONE, _one(events[0], backend_ids)
-        return
+def questions(events: Sequence[SyncEvent], backend_ids: Sequence[str] | None) -> Iterable[Question]:
+    """Return what to ask, one after another, so that the events are written; the rows of all answers are its record."""
+    limit = None if backend_ids is None else list(backend_ids)
+    # Nearly every transaction records one event, and waits for as little of Python as there can be.
+    return [(RECORD_ONE, _one(events[0], limit))] if len(events) == 1 else _by_pages(events, limit)
+
+
+def is_for_nobody(rows: Sequence[Any]) -> bool:
+    """Whether the record begins with an event that is owed to no secondary: then ask `ANYBODY` whether there is one."""
+    return bool(rows) and not rows[0][1]
+
+
+def refuse_nobody(rows: Sequence[Any]) -> None:
+    """Raise `NoSecondary` when the answer to `ANYBODY` is that no secondary was ever registered."""
+    if not rows[0][0]:
+        raise NoSecondary(
+            "record: no secondary is registered, so nobody would ever get these events; "
+            "start a relay, or call `await manager.register()`, before the first write"
+        )
+
+
+def token_of(rows: Sequence[Any]) -> SyncToken:
+    """Return what was recorded, given the rows of all answers."""
+    if not rows:
+        return SyncToken.of(0, 0, [])
+    position, backend_ids, transaction_id, stamp = rows[0]
+    # PostgreSQL's transaction ids have a type of their own, which not every driver knows as a number.
+    if len(rows) == 1:
+        return SyncToken.of_one(position, backend_ids, int(transaction_id), stamp)
+    return SyncToken.of(int(transaction_id), stamp, [row[:2] for row in rows])
+
+
+def _by_pages(events: Sequence[SyncEvent], backend_ids: list[str] | None) -> Iterator[Question]:
     for start in range(0, len(events), _ROWS_PER_STATEMENT):
         yield RECORD, _many(events[start : start + _ROWS_PER_STATEMENT], backend_ids)
 

@@ -70,15 +70,16 @@ class SyncToken(str):
     @classmethod
     def of(cls, transaction_id: int, stamp: int, owed: Sequence[tuple[int, Sequence[str]]]) -> Self:
         """Build from (position, names of the secondaries it is owed to)."""
-        if len(owed) == 1:
-            # Nearly every transaction records one event: of that there is nothing to group or to join.
-            ((position, backend_ids),) = owed
-            return cls._of(".".join((f"{transaction_id:x}.{stamp:x}.{position:x}", *backend_ids)))
         groups: dict[tuple[str, ...], list[int]] = {}
         for position, backend_ids in owed:
             groups.setdefault(tuple(sorted(backend_ids)), []).append(position)
         runs = {names: _joined((position, 1) for position in found) for names, found in groups.items()}
         return cls._encoded([Recorded(transaction_id, stamp, names, found) for names, found in runs.items()])
+
+    @classmethod
+    def of_one(cls, position: int, backend_ids: Sequence[str], transaction_id: int, stamp: int) -> Self:
+        """Build from what nearly every transaction records: one event, of which there is nothing to group or join."""
+        return cls._of(".".join((f"{transaction_id:x}.{stamp:x}.{position:x}", *backend_ids)))
 
     @classmethod
     def merged(cls, tokens: Iterable[SyncToken]) -> SyncToken:
