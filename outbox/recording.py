@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 from outbox.errors import NoSecondary
 from outbox.event import SyncEvent
@@ -105,7 +105,7 @@ _ROWS_PER_STATEMENT = 1_000
 
 
 # A statement, and what it takes.
-Question = tuple[Statement, dict[str, Any]]
+Question: TypeAlias = tuple[Statement, dict[str, Any]]
 
 
 def questions(events: Sequence[SyncEvent], backend_ids: Sequence[str] | None) -> Iterable[Question]:
