@@ -126,7 +126,7 @@ class Carrier:
             await asyncio.sleep(_SHORTEST_SLEEP)
         carrying = [self.hands.take(attempt) for attempt in attempts]
         if self._stopping:
-            self.hands.give_up(self.hands.attempt_ids)
+            self.hands.give_up({attempt.attempt_id for attempt in attempts})
         await self._floors.mind(busy=True)
         return sum([await each for each in carrying])
 

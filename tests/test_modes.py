@@ -263,6 +263,31 @@ async def test_closing_hands_back_what_a_caller_had_in_hand(primary: AsyncEngine
     assert len(secondary.history) == 2
 
 
+async def test_closing_lets_a_dispatch_finish_though_another_caller_s_claim_comes_through_late(
+    primary: AsyncEngine,
+) -> None:
+    """L6, W11: only what that claim took is handed back; what was being sent already is not sent twice."""
+    secondary = ScriptedSecondary("search")
+    async with managing(primary, secondary, mode="synchronous", shutdown_grace=20, lease=30) as manager:
+        await manager.sync(change("warm"))
+        secondary.hang()
+        first = asyncio.create_task(manager.sync(change("1"), timeout=20))
+        await eventually(lambda: secondary.running)
+        async with raw(primary) as connection, connection.transaction():
+            await connection.execute("lock table outbox_attempt in exclusive mode")
+            second = asyncio.create_task(manager.sync(change("2"), timeout=20))
+            await eventually(lambda: value(primary, "select count(*) from pg_locks where not granted"))
+            closing = asyncio.create_task(manager.aclose())
+            await asyncio.sleep(0.2)
+        await eventually(lambda: value(primary, "select sum(released) = 1 from outbox_attempt"))
+        assert secondary.running
+        secondary.release()
+        await closing
+        for caller in (first, second):
+            caller.cancel()
+    assert len(secondary.sent_to("1")) == 1
+
+
 async def test_callers_and_relays_race_for_the_same_rows_and_never_dispatch_twice(primary: AsyncEngine) -> None:
     """W10, D12, D14: synchronous writes of few keys beside two relays; never two in flight for a key.
 
