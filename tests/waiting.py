@@ -4,18 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import inspect
-import os
 import time
 from collections.abc import Awaitable, Callable
 from datetime import timedelta
 from typing import Any
 
 _PAUSE = 0.01
-# The zoo waits for less: there what is waited for does not come.
-_PATIENCE = timedelta(seconds=float(os.environ.get("OUTBOX_TEST_PATIENCE", "20")))
 
 
-async def eventually(condition: Callable[[], Any | Awaitable[Any]], within: timedelta = _PATIENCE) -> Any:
+async def eventually(condition: Callable[[], Any | Awaitable[Any]], within: timedelta = timedelta(seconds=20)) -> Any:
     """Return the first truthy answer of `condition`, a function or a coroutine function; fail after `within`.
 
     An `AssertionError` of the condition counts as "not yet"; the last one is raised at the deadline.

@@ -21,8 +21,6 @@ ROOT = Path(__file__).parents[2]
 _COPIED = ("outbox", "tests", "migrations", "examples", "pyproject.toml", "alembic.ini")
 # A minute is the aim, on a machine that has nothing else to do.
 _SECONDS = 120
-# For what comes at once where nothing is wrong; the tests without a mutant have no more of it.
-_PATIENCE = 8
 # What a test of ours says when it sees something wrong; everything else a mutant must name.
 _SEEN = {"AssertionError", "Failed", "TimeoutError"}
 
@@ -70,7 +68,6 @@ def run(tests: Iterable[str], root: Path, dsn: str, seconds: float) -> Ran:
         "PYTHONPATH": str(root),
         "OUTBOX_TEST_DSN": dsn,
         "OUTBOX_TEST_ZOO": "none",
-        "OUTBOX_TEST_PATIENCE": str(_PATIENCE),
         "OUTBOX_ZOO_ENDINGS": str(endings),
         "PYTEST_ADDOPTS": "",
     }

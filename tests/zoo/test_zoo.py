@@ -21,8 +21,7 @@ from tests.zoo.conftest import CAUGHT
 from tests.zoo.mutants import Change, Mutant, chosen, everyone
 
 CHOICE = chosen()
-# More than there are processors: many mutants keep what is waited for from coming.
-_AT_ONCE = 3
+_AT_ONCE = 2
 _SETTINGS = {"fsync": "off", "full_page_writes": "off", "max_connections": "200"}
 _CONTROL_SECONDS = 600
 _GUARANTEES = range(1, 15)
