@@ -27,7 +27,7 @@ def forgetful_server() -> Iterator[EmbeddedPostgres]:
 def log_held(server: EmbeddedPostgres) -> Iterator[Callable[[], None]]:
     """Bring nothing to disk from now on but what is committed, and give what crashes the server in that state.
 
-    The log's own writer would do so from time to time and, before PostgreSQL 18, after whatever was rolled back.
+    The log's own writer would do so from time to time and, on PostgreSQL 15 and 16, after whatever was rolled back.
     """
     with psycopg.connect(server.dsn(driver="postgresql"), autocommit=True) as connection:
         # From here on the log has to tell of every position and transaction id anew.

@@ -277,8 +277,9 @@ async def test_closing_lets_a_dispatch_finish_though_another_caller_s_claim_come
             await connection.execute("lock table outbox_attempt in exclusive mode")
             second = asyncio.create_task(manager.sync(change("2"), timeout=20))
             await eventually(lambda: value(primary, "select count(*) from pg_locks where not granted"))
+            [carrier] = manager._follower._relay._carriers.values()
             closing = asyncio.create_task(manager.aclose())
-            await asyncio.sleep(0.2)
+            await eventually(lambda: carrier._stopping)
         await eventually(lambda: value(primary, "select sum(released) = 1 from outbox_attempt"))
         assert secondary.running
         secondary.release()
