@@ -19,8 +19,6 @@ __all__ = ["CLAIM", "claim"]
 # held      whether any key is held back
 # fresh     deliveries of keys neither busy nor held, from each lane in turn, from its floor, in position order
 # sliced    cut into batches; the rank of equal hashes is equal, so that a key never falls into two of them
-# numbered  an attempt for each slice
-# batch     who is in which attempt
 # opened    each whole batch as one row
 CLAIM = Statement("""
 with busy as materialized (
@@ -52,24 +50,20 @@ with busy as materialized (
     limit cast(:batch_size as integer) * cast(:slots as integer)
 ), gone as (
     delete from {schema}.outbox_delivery where ctid = any (array(select row_id from fresh))
-), sliced as materialized (
-    select lane, event_id, key_hash, (rank() over (order by key_hash) - 1) / cast(:batch_size as integer) as slice
+), sliced as (
+    select event_id, key_hash, (rank() over (order by key_hash) - 1) / cast(:batch_size as integer) as slice
     from fresh
-), numbered as materialized (
-    select slice, nextval('{schema}.outbox_attempt_attempt_id_seq') as attempt_id
-    from (select distinct slice from sliced) as slice
-), batch as materialized (
-    select numbered.attempt_id, sliced.lane, sliced.event_id, sliced.key_hash
-    from numbered join sliced on sliced.slice = numbered.slice
 ), opened as (
-    insert into {schema}.outbox_attempt (backend_id, attempt_id, relay_id, event_ids, key_hashes, lease_until)
-    overriding system value
-    select :backend_id, attempt_id, cast(:relay_id as uuid), array_agg(event_id), array_agg(key_hash),
+    insert into {schema}.outbox_attempt (backend_id, relay_id, event_ids, key_hashes, lease_until)
+    select :backend_id, cast(:relay_id as uuid), array_agg(event_id), array_agg(key_hash),
            clock_timestamp() + cast(:lease as interval)
-    from batch
-    group by attempt_id
+    from sliced
+    group by slice
+    returning attempt_id
 )
-select attempt_id, lane, count(*) as deliveries from batch group by attempt_id, lane
+select array(select attempt_id from opened) as attempt_ids,
+       array_agg(taken.lane) as lanes, array_agg(taken.deliveries) as deliveries
+from (select lane, count(*) as deliveries from fresh group by lane) as taken
 """)
 
 
@@ -103,6 +97,7 @@ async def claim(
         "floors": asked.floors,
         "shares": asked.shares,
     }
-    rows = await connection.fetch(*CLAIM.arguments(schema, parameters))
-    lanes.learn(asked, [row[1:] for row in rows], full=sum(row[2] for row in rows) >= most)
-    return sorted({row[0] for row in rows})
+    [(attempt_ids, lanes_taken, deliveries)] = await connection.fetch(*CLAIM.arguments(schema, parameters))
+    taken = list(zip(lanes_taken or (), deliveries or (), strict=True))
+    lanes.learn(asked, taken, full=sum(deliveries or ()) >= most)
+    return sorted(attempt_ids)

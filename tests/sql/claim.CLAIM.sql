@@ -27,21 +27,17 @@ with busy as materialized (
     limit cast($6 as integer) * cast($7 as integer)
 ), gone as (
     delete from "public".outbox_delivery where ctid = any (array(select row_id from fresh))
-), sliced as materialized (
-    select lane, event_id, key_hash, (rank() over (order by key_hash) - 1) / cast($6 as integer) as slice
+), sliced as (
+    select event_id, key_hash, (rank() over (order by key_hash) - 1) / cast($6 as integer) as slice
     from fresh
-), numbered as materialized (
-    select slice, nextval('"public".outbox_attempt_attempt_id_seq') as attempt_id
-    from (select distinct slice from sliced) as slice
-), batch as materialized (
-    select numbered.attempt_id, sliced.lane, sliced.event_id, sliced.key_hash
-    from numbered join sliced on sliced.slice = numbered.slice
 ), opened as (
-    insert into "public".outbox_attempt (backend_id, attempt_id, relay_id, event_ids, key_hashes, lease_until)
-    overriding system value
-    select $1, attempt_id, cast($8 as uuid), array_agg(event_id), array_agg(key_hash),
+    insert into "public".outbox_attempt (backend_id, relay_id, event_ids, key_hashes, lease_until)
+    select $1, cast($8 as uuid), array_agg(event_id), array_agg(key_hash),
            clock_timestamp() + cast($9 as interval)
-    from batch
-    group by attempt_id
+    from sliced
+    group by slice
+    returning attempt_id
 )
-select attempt_id, lane, count(*) as deliveries from batch group by attempt_id, lane
+select array(select attempt_id from opened) as attempt_ids,
+       array_agg(taken.lane) as lanes, array_agg(taken.deliveries) as deliveries
+from (select lane, count(*) as deliveries from fresh group by lane) as taken
