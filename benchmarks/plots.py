@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 from collections import defaultdict
+from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -17,7 +18,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
-from benchmarks.results import ROOT, Line, Results, latest, load
+from benchmarks.results import ROOT, Line, Measured, latest, load, told
 
 mpl.use("Agg")
 
@@ -41,11 +42,11 @@ PLOTS = {
 _STEPS = ((1_000_000, "M"), (1_000, "k"))
 
 
-def curves(results: Results, prefix: str) -> dict[str, list[Line]]:
+def curves(results: Mapping[str, Measured], prefix: str) -> dict[str, list[Line]]:
     """Return the points of every curve of a plot, from left to right."""
     found = defaultdict(list)
-    for part in results.parts.values():
-        for line in part.rows:
+    for each in results.values():
+        for line in each.part.rows:
             if line.curve and line.values and line.curve.startswith(f"{prefix}:"):
                 found[line.curve.partition(":")[2]].append(line)
     return {name: sorted(points, key=lambda point: point.x) for name, points in found.items()}
@@ -66,7 +67,7 @@ def draw(plot: Plot, found: dict[str, list[Line]], into: Path) -> Path:
     return path
 
 
-def drawn(results: Results, into: Path) -> list[Path]:
+def drawn(results: Mapping[str, Measured], into: Path) -> list[Path]:
     """Draw all pictures that the results have points for."""
     found = {prefix: curves(results, prefix) for prefix in PLOTS}
     return [draw(PLOTS[prefix], each, into) for prefix, each in found.items() if each]
@@ -100,7 +101,7 @@ def main() -> None:
     arguments.add_argument("results", type=Path, nargs="?")
     arguments.add_argument("--into", type=Path, default=ROOT / "docs")
     given = arguments.parse_args()
-    for path in drawn(load(given.results or latest()), given.into):
+    for path in drawn(told(load(given.results)) if given.results else latest(), given.into):
         print(path.name)
 
 

@@ -2,31 +2,31 @@
 
     python -m benchmarks.report [RESULTS.json] [--page docs/performance.md]
 
-Only what stands between the marks of the page is replaced; without a file, the results measured last are taken.
+Only what stands between the marks of the page is replaced; without a file, each part is told as it was measured last.
 """
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
-from benchmarks.results import ROOT, Line, Part, Results, latest, load
+from benchmarks.results import ROOT, Line, Measured, Part, latest, load, told
 
 PAGE = ROOT / "docs" / "performance.md"
 BEGIN, END = "<!-- figures: begin -->", "<!-- figures: end -->"
 PEERS = "peers"
 
 
-def figures(results: Results) -> str:
+def figures(results: Mapping[str, Measured]) -> str:
     """Return all tables: the goals, part by part, then all systems side by side."""
-    lines = [f"Commit `{results.commit}`; {results.machine}.", "", *_goals(results)]
-    if PEERS in results.parts:
-        lines += ["", *_systems(results.parts[PEERS])]
+    lines = [*_goals(results)]
+    if PEERS in results:
+        lines += ["", *_systems(results[PEERS].part)]
     return "\n".join(lines)
 
 
-def written(page: str, results: Results, pictures: Sequence[Path] = ()) -> str:
+def written(page: str, results: Mapping[str, Measured], pictures: Sequence[Path] = ()) -> str:
     """Return the page with these figures and pictures. Raises `ValueError` where its marks are missing."""
     before, begin, rest = page.partition(BEGIN)
     _, end, after = rest.partition(END)
@@ -36,16 +36,17 @@ def written(page: str, results: Results, pictures: Sequence[Path] = ()) -> str:
     return f"{before}{BEGIN}\n{figures(results)}\n{shown}{END}{after}"
 
 
-def _goals(results: Results) -> Iterator[str]:
-    goals = [line.verdict for part in results.parts.values() for line in part.rows if line.goal != "-"]
-    yield f"{goals.count('pass')} of {len(goals)} goals reached."
+def _goals(results: Mapping[str, Measured]) -> Iterator[str]:
+    goals = [line.verdict for each in results.values() for line in each.part.rows if line.goal != "-"]
+    machines = "; ".join(sorted({each.machine for each in results.values()}))
+    yield f"{goals.count('pass')} of {len(goals)} goals reached. On {machines}."
     yield ""
     yield "| what | goal | median | min to max | |"
     yield "| :-- | --: | --: | --: | :-- |"
-    for name, part in results.parts.items():
+    for name, (commit, _, part) in results.items():
         rows = [line for line in part.rows if line.goal != "-"]
         if rows:
-            yield f"| **{name.replace('_', ' ')}**, {_how(part)} | | | | |"
+            yield f"| **{name.replace('_', ' ')}**, {_how(part)}, {part.at.partition(' ')[0]}, `{commit}` | | | | |"
         yield from map(_row, rows)
 
 
@@ -89,12 +90,12 @@ def main() -> None:
     arguments.add_argument("results", type=Path, nargs="?")
     arguments.add_argument("--page", type=Path, default=PAGE)
     given = arguments.parse_args()
-    results = load(given.results or latest())
+    results = told(load(given.results)) if given.results else latest()
     from benchmarks.plots import drawn  # noqa: PLC0415 - the tables alone need no matplotlib
 
     pictures = drawn(results, given.page.parent)
     given.page.write_text(written(given.page.read_text(), results, pictures))
-    print(f"{given.page.name} and {', '.join(path.name for path in pictures)} from {results.commit}")
+    print(given.page.name, *(path.name for path in pictures))
 
 
 if __name__ == "__main__":

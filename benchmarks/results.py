@@ -10,6 +10,7 @@ import tempfile
 import time
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import NamedTuple
 
 import msgspec
 
@@ -54,6 +55,14 @@ class Results(msgspec.Struct):
     parts: dict[str, Part] = {}
 
 
+class Measured(NamedTuple):
+    """A part of the results, and what it was measured of."""
+
+    commit: str
+    machine: str
+    part: Part
+
+
 def commit() -> str:
     """Return the commit that is measured, marked if something was changed since."""
     found = _git("rev-parse", "--short=12", "HEAD").strip()
@@ -85,12 +94,20 @@ def load(path: Path) -> Results:
     return msgspec.json.decode(path.read_bytes(), type=Results)
 
 
-def latest(directory: Path = RESULTS) -> Path:
-    """Return the file that was measured last. Raises `FileNotFoundError`."""
-    found = [(max(part.at for part in load(path).parts.values()), path) for path in directory.glob("*.json")]
+def latest(directory: Path = RESULTS) -> dict[str, Measured]:
+    """Return each part as it was measured last, of whatever commit: hours of one are not lost with a change elsewhere.
+
+    Raises `FileNotFoundError`.
+    """
+    found = [measured for path in directory.glob("*.json") for measured in told(load(path)).items()]
     if not found:
         raise FileNotFoundError(f"no results in {directory}: run make bench")
-    return max(found)[1]
+    return dict(sorted(found, key=lambda each: each[1].part.at))
+
+
+def told(results: Results) -> dict[str, Measured]:
+    """Return the parts of one file."""
+    return {name: Measured(results.commit, results.machine, part) for name, part in results.parts.items()}
 
 
 def line(row: Row) -> Line:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import pytest
 from benchmarks import results
 from benchmarks.ground import Row
 from benchmarks.report import BEGIN, END, PAGE, figures, written
-from benchmarks.results import RESULTS, Line, Part, Results, commit, keep, latest, line, load
+from benchmarks.results import RESULTS, Line, Part, Results, commit, keep, latest, line, load, told
 
 ROOT = Path(__file__).parent.parent
 
@@ -65,11 +66,16 @@ def test_a_row_is_kept_with_its_goal_verdict_and_point(tmp_path: Path) -> None:
     assert kept.median == 1.235
 
 
-def test_the_latest_results_are_those_measured_last(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_each_part_is_told_as_it_was_measured_last(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name, at in (("newer", "2026-01-03 00:00Z"), ("older", "2026-01-02 00:00Z")):
         monkeypatch.setattr(results, "commit", lambda name=name: name)
         keep(tmp_path, "one", part(at=at))
-    assert latest(tmp_path).stem == "newer"
+        keep(tmp_path, f"only {name}", part(at=at))
+    assert {name: each.commit for name, each in latest(tmp_path).items()} == {
+        "only older": "older",
+        "one": "newer",
+        "only newer": "newer",
+    }
     with pytest.raises(FileNotFoundError):
         latest(tmp_path / "nothing")
 
@@ -82,30 +88,32 @@ def test_a_commit_is_named_and_its_changes_told() -> None:
     assert changed in ("", "changed")
 
 
-MEASURED = Results(
-    "abc123",
-    "a machine",
-    {
-        "growth": part(Row("fast enough", [1, 2, 3], least=2), Row("too slow", [0.51, 0.5, 0.49], least=0.6)),
-        "peers": part(
-            Row("ours: relay, deliveries/s", [30_000, 31_000]),
-            Row("theirs 1.0: relay, deliveries/s", [10_000]),
-            Row("gone: not measured: no such package", []),
-            Row("ours / best peer: relay", [3.1], least=3),
-        ),
-        "trial": part(Row("not measured", [], most=1), scale=0.1),
-    },
+MEASURED = told(
+    Results(
+        "abc123",
+        "a machine",
+        {
+            "growth": part(Row("fast enough", [1, 2, 3], least=2), Row("too slow", [0.51, 0.5, 0.49], least=0.6)),
+            "peers": part(
+                Row("ours: relay, deliveries/s", [30_000, 31_000]),
+                Row("theirs 1.0: relay, deliveries/s", [10_000]),
+                Row("gone: not measured: no such package", []),
+                Row("ours / best peer: relay", [3.1], least=3),
+            ),
+            "trial": part(Row("not measured", [], most=1), scale=0.1),
+        },
+    )
 )
 
 
 def test_the_tables_tell_every_goal_and_every_system() -> None:
     told = figures(MEASURED)
     for expected in (
-        "Commit `abc123`; a machine.",
-        "2 of 4 goals reached.",
+        "2 of 4 goals reached. On a machine.",
+        "| **growth**, 5 runs, 2026-01-02, `abc123` | | | | |",
         "| fast enough | at least 2 | 2 | 1 to 3 | pass |",
         "| too slow | at least 0.6 | 0.5 | 0.49 to 0.51 | short |",
-        "| **trial**, 5 runs at scale 0.1: not figures, only a trial | | | | |",
+        "| **trial**, 5 runs at scale 0.1: not figures, only a trial, 2026-01-02, `abc123` | | | | |",
         "| not measured | at most 1 |  |  | missing |",
         "| system | relay, deliveries/s |",
         "| ours | 30,500 |",
@@ -127,7 +135,9 @@ def test_only_what_is_between_the_marks_is_replaced() -> None:
 
 def test_the_page_is_what_the_latest_results_say() -> None:
     page = PAGE.read_text()
+    pictures = [PAGE.parent / name for name in re.findall(r"!\[.+\]\((.+\.png)\)", page)]
     if any(RESULTS.glob("*.json")):
-        assert page == written(page, load(latest()))
+        assert page == written(page, latest(), pictures)
+        assert all(picture.exists() for picture in pictures)
     else:
         assert "Nothing measured yet" in page
