@@ -19,7 +19,6 @@ from outbox.floors import Floors
 from outbox.hands import Hands, Opened
 from outbox.lease import expired
 from outbox.primary import PRIMARY_FAILED, Primary, code_of
-from outbox.prune import fold
 from outbox.register import Registration
 from outbox.resume import resume
 from outbox.retry import RetryPolicy
@@ -69,9 +68,10 @@ class Carrier:
         sleep, failures = _SHORTEST_SLEEP, 0
         while not self._stopping:
             self.hands.raise_defect()
+            rung = self._bell.is_set()
             self._bell.clear()
             try:
-                attempts = await self._look()
+                attempts = await self._look(rung=rung)
             except PRIMARY_FAILED as error:
                 code = code_of(error)
                 extra = {"outbox_backend_id": self.backend_id, "outbox_error_code": code}
@@ -94,12 +94,14 @@ class Carrier:
             else:
                 sleep = min(sleep * 2, self._config.poll_interval.total_seconds())
 
-    async def _look(self) -> list[Opened] | None:
-        """Claim for the hands that are free, and remember how long that took."""
+    async def _look(self, *, rung: bool) -> list[Opened] | None:
+        """Claim for the hands that are free, if there can be anything, and remember how long that took."""
         if not (room := await self._worthwhile_room()):
             return []
         started = time.monotonic()
         try:
+            if not rung and started < self._say_looked_at and await self._floors.at_rest():
+                return []
             return await self._claim(room)
         finally:
             self._took = time.monotonic() - started
@@ -139,14 +141,10 @@ class Carrier:
         self._stopping = True
         self.ring()
 
-    async def tidy(self) -> None:
-        """Fold finished attempts into the totals."""
-        async with self._primary.connection() as connection:
-            await fold(connection, self._config.database_schema, self.backend_id)
-
     async def _claim(self, slots: int) -> list[Opened] | None:
         """Open attempts; an empty list says that nothing is due, None that it is worth looking again."""
         schema, backend_id = self._config.database_schema, self.backend_id
+        quiet, self._floors.rested_at = self._floors.lanes.quiet, None
         async with self._floors.connection() as connection, connection.transaction():
             turn = await take_turn(connection, schema, backend_id)
             if turn is None:
@@ -163,7 +161,9 @@ class Carrier:
                 return []
             lost = await self._lost(connection, turn) if turn.lost_attempts else []
             if not lost:
-                return await self._claim_in_turn(connection, turn, slots)
+                attempts = await self._claim_in_turn(connection, turn, slots)
+                self._floors.rested_at = quiet if turn.at_rest and not attempts else None
+                return attempts
         # Settled outside the turn, each by its own fence: whoever else found them loses.
         for attempt in lost:
             taken: dict[str, object] = {"outbox_backend_id": backend_id, "outbox_attempt_id": attempt.attempt_id}

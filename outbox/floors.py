@@ -1,4 +1,4 @@
-"""Floors: where a relay's claims begin in each lane, and when to forget it."""
+"""Floors: where a relay's claims begin in each lane, when to forget it, and whether there is anything to claim."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
 from typing import TYPE_CHECKING, Any
 
-from outbox.lanes import Lanes, advance_floors
+from outbox.lanes import HIGHEST, Lanes, advance_floors
 from outbox.primary import PRIMARY_FAILED, Primary
 from outbox.settings import SyncConfig
 
@@ -28,9 +28,12 @@ class Floors:
         self._primary = primary
         self._config = config
         self._backend_id = backend_id
+        # What was quiet when a claim found nothing, nothing held and nothing in hand; None when it did not.
+        self.rested_at: int | None = None
         self._connected = 0
         self._slowest = 0.0
         self._raised_at = 0.0
+        self._behind = True
         self._look_everywhere_at = time.monotonic() + _LOOK_EVERYWHERE_EVERY
 
     @asynccontextmanager
@@ -47,6 +50,17 @@ class Floors:
             finally:
                 self._slowest = max(self._slowest, time.monotonic() - started)
 
+    async def at_rest(self) -> bool:
+        """Whether no position was drawn since a claim found nothing at all: another would find nothing either.
+
+        Takes no turn and writes nothing, where a claim writes a lock and commits it.
+        """
+        if self.rested_at is None:
+            return False
+        async with self.connection() as connection:
+            highest = await connection.fetchval(HIGHEST.on(self._config.database_schema))
+        return bool(highest == self.lanes.quiet == self.rested_at)
+
     async def mind(self, *, busy: bool) -> None:
         """Between two claims keep the next ones short: what was delivered is soon more than what is claimed."""
         now = time.monotonic()
@@ -55,10 +69,13 @@ class Floors:
             # Under an old snapshot the claims that follow walk through all that was deleted: under 1 % of the time.
             self._look_everywhere_at = now + max(_LOOK_EVERYWHERE_EVERY, 100 * self._slowest)
             self._slowest = 0.0
-        every = _RAISE_EVERY if busy else self._config.prune_interval.total_seconds()
+        self._behind = self._behind or busy
+        every = _RAISE_EVERY if self._behind else self._config.prune_interval.total_seconds()
         if now - self._raised_at < every:
             return
         self._raised_at = now
         with suppress(*PRIMARY_FAILED):
             async with self.connection() as connection:
                 await advance_floors(connection, self._config.database_schema, self._backend_id, self.lanes)
+            # Once work ends they are raised once more, so that it is known soon that there is none.
+            self._behind = busy or self.lanes.mark is not None

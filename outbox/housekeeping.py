@@ -5,11 +5,11 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Collection
+from functools import partial
 
-from outbox.carrier import Carrier
 from outbox.primary import PRIMARY_FAILED, Primary, code_of
-from outbox.prune import prune_attempts, prune_discarded, prune_events, prune_reconciliations
+from outbox.prune import fold, prune_attempts, prune_discarded, prune_events, prune_reconciliations
 from outbox.settings import SyncConfig
 
 __all__ = ["Housekeeper"]
@@ -34,11 +34,11 @@ class Housekeeper:
     last vacuum.
     """
 
-    def __init__(self, primary: Primary, config: SyncConfig, carriers: Sequence[Carrier]) -> None:
+    def __init__(self, primary: Primary, config: SyncConfig, backend_ids: Collection[str]) -> None:
         self._primary = primary
         self._config = config
         self._schema = config.database_schema
-        self._carriers = carriers
+        self._backend_ids = backend_ids
         self._event = 0
         self._attempts: dict[str, int] = {}
         self._anew_every = _BEGIN_ANEW_SHARE * config.keep_events.total_seconds()
@@ -57,12 +57,16 @@ class Housekeeper:
         What the primary fails is tried again the next time, and keeps nothing else from being done.
         """
         self._until = time.monotonic() + _ROUND_SHARE * self._config.prune_interval.total_seconds()
-        steps: list[Callable[[], Awaitable[None]]] = [carrier.tidy for carrier in self._carriers]
+        steps: list[Callable[[], Awaitable[None]]] = [partial(self._fold, each) for each in self._backend_ids]
         for step in (*steps, self._prune_attempts, self._prune_notes, self._prune_events):
             try:
                 await step()
             except PRIMARY_FAILED as error:
                 _log.warning("housekeeping failed (%s)", code_of(error))
+
+    async def _fold(self, backend_id: str) -> None:
+        async with self._primary.connection() as connection:
+            await fold(connection, self._schema, backend_id)
 
     async def _prune_attempts(self) -> None:
         more = True

@@ -61,6 +61,8 @@ class Lanes:
         self.lined: set[int] = set()
         self._first = 0
         self.mark: tuple[int, int] | None = None
+        # Up to here nothing is owed and nothing can come: every writer who drew a position has ended.
+        self.quiet: int | None = None
 
     def shares(self, batch_size: int) -> Asked:
         """Split a batch: lanes that were full last time share it, the others may show that they are not empty.
@@ -111,7 +113,7 @@ class Lanes:
     def look_everywhere(self) -> None:
         """Forget the floors once: the net under their reasoning."""
         self.floors = [0] * LANES
-        self.mark = None
+        self.mark = self.quiet = None
 
 
 async def advance_floors(connection: asyncpg.Connection[Any], schema: str, backend_id: str, lanes: Lanes) -> None:
@@ -136,4 +138,5 @@ async def advance_floors(connection: asyncpg.Connection[Any], schema: str, backe
         return
     for lane, lowest in rows:
         lanes.floors[lane] = highest if lowest is None else min(highest, lowest - 1)
+    lanes.quiet = highest if all(lowest is None for _, lowest in rows) else None
     lanes.mark = None

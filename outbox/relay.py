@@ -63,7 +63,7 @@ class Relay:
             each.backend_id: Carrier(each, self._primary, config, policy, self.relay_id) for each in registrations
         }
         self._watch = Watch(self._primary, config, self.relay_id, list(self._carriers.values()), doorbell)
-        self._housekeeper = Housekeeper(self._primary, config, list(self._carriers.values()))
+        self._housekeeper = Housekeeper(self._primary, config, list(self._carriers))
         self._stop = asyncio.Event()
         self._hurry = asyncio.Event()
         self._users = 0

@@ -109,6 +109,11 @@ class Turn(msgspec.Struct, frozen=True):
         """Whether every event counts, and not only the newest of a key."""
         return self.ordering == "log"
 
+    @property
+    def at_rest(self) -> bool:
+        """Whether nothing is held and nothing in hand: only a new position brings work."""
+        return self.breaker == "closed" and not (self.holds or self.open_attempts)
+
 
 async def take_turn(connection: asyncpg.Connection[Any], schema: str, backend_id: str) -> Turn | None:
     """Lock the secondary's registry row until the transaction ends; None when another relay has it."""

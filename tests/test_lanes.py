@@ -105,8 +105,8 @@ def test_a_full_look_forgets_floors_and_nothing_else() -> None:
     """What is known of busy lanes stays."""
     lanes = Lanes()
     claim(lanes, Counter({5: MANY}), 100)
-    lanes.floors, lanes.mark = [9] * LANES, (1, 2)
+    lanes.floors, lanes.mark, lanes.quiet = [9] * LANES, (1, 2), 1
     lanes.look_everywhere()
-    assert (lanes.floors, lanes.mark) == ([0] * LANES, None)
+    assert (lanes.floors, lanes.mark, lanes.quiet) == ([0] * LANES, None, None)
     asked = lanes.shares(100)
     assert dict(zip(asked.lanes, asked.shares, strict=True))[5] == 100

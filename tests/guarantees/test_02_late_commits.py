@@ -119,6 +119,22 @@ async def test_floors_rise_once_every_older_writer_has_ended(primary: AsyncEngin
     assert lanes.floors == [highest["position"]] * LANES
 
 
+async def test_it_is_not_quiet_while_a_writer_may_still_commit(primary: AsyncEngine, manager: SyncManager) -> None:
+    """A relay that took it to be quiet would not look for what that writer commits."""
+    lanes = Lanes()
+    async with uncommitted(primary, change("late")):
+        for _ in range(4):
+            await advance(primary, lanes)
+            assert lanes.quiet is None
+    for _ in range(4):
+        await advance(primary, lanes)
+    assert lanes.quiet is None, "it is owed"
+    assert await claimed(primary, lanes) == ["late"]
+    for _ in range(2):
+        await advance(primary, lanes)
+    assert lanes.quiet == await value(primary, "select max(event_id) from outbox")
+
+
 async def test_a_floor_stays_below_what_still_waits_in_its_lane(primary: AsyncEngine, manager: SyncManager) -> None:
     """The floor is exact: it rises to just below the lowest waiting delivery."""
     lanes = Lanes()

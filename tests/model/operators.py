@@ -87,8 +87,7 @@ class Operators(World):
     @rule()
     def tidy(self) -> None:
         """Fold attempts into the totals, and forget all that may be forgotten."""
-        carriers = [carrier for (_, relay), carrier in self.carriers.items() if relay == "large"]
-        self.run(Housekeeper(self.ground.primary, FORGETFUL, carriers).tidy())
+        self.run(Housekeeper(self.ground.primary, FORGETFUL, {name for name, _ in self.carriers}).tidy())
         before = len(self.model.kept)
         self.model.prune()
         self.tally["pruned"] += before - len(self.model.kept)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import signal
 import subprocess
 import sys
 import time
@@ -21,6 +20,12 @@ ROOT = Path(__file__).parents[2]
 _COPIED = ("outbox", "tests", "migrations", "examples", "pyproject.toml", "alembic.ini")
 # A minute is the aim, on a machine that has nothing else to do.
 _SECONDS = 120
+_NURSERY = Path(__file__).parent / "nursery.py"
+_OPTIONS = [
+    *("-q", "-p", "tests.zoo.witness", "-p", "no:randomly", "--timeout", "50", "--tb", "short"),
+    # What the nursery has loaded is not rewritten, and need not be.
+    *("-W", "ignore::pytest.PytestAssertRewriteWarning"),
+]
 # What a test of ours says when it sees something wrong; everything else a mutant must name.
 _SEEN = {"AssertionError", "Failed", "TimeoutError"}
 
@@ -49,53 +54,52 @@ def snapshot(into: Path) -> Path:
     return into
 
 
-def let_out(mutant: Mutant, project: Path, dsn: str) -> Ran:
-    """Run the tests that must catch a mutant, with it in the code of a copy of `project`."""
-    with TemporaryDirectory(prefix="outbox-zoo-") as directory:
-        root = Path(shutil.copytree(project, directory, dirs_exist_ok=True))
-        # Servers of tests may run under another account.
-        root.chmod(0o755)
-        mutant.apply(root)
-        return run(mutant.caught_by, root, dsn, _SECONDS)
+class Cage:
+    """Where mutants are let out, one after the other: a server, and a process that their runs are forked from."""
 
+    def __init__(self, dsn: str) -> None:
+        self._dsn = dsn
+        pipe = subprocess.PIPE
+        self._nursery = subprocess.Popen([sys.executable, _NURSERY], stdin=pipe, stdout=pipe, text=True)
 
-def run(tests: Iterable[str], root: Path, dsn: str, seconds: float) -> Ran:
-    """Run tests of a copy in a process of its own, against a server that is there already."""
-    endings = root / "endings"
-    endings.touch()
-    options = ["-q", "-p", "tests.zoo.witness", "-p", "no:randomly", "--timeout", "50", "--tb", "short"]
-    surroundings = os.environ | {
-        "PYTHONPATH": str(root),
-        "OUTBOX_TEST_DSN": dsn,
-        "OUTBOX_TEST_ZOO": "none",
-        "OUTBOX_ZOO_ENDINGS": str(endings),
-        "PYTEST_ADDOPTS": "",
-    }
-    started = time.monotonic()
-    printed = _output([sys.executable, "-m", "pytest", *options, *tests], root, surroundings, seconds)
-    found = [json.loads(line) for line in endings.read_text().splitlines()]
-    return Ran(found, time.monotonic() - started, printed)
+    def close(self) -> None:
+        self._nursery.communicate()
 
+    def let_out(self, mutant: Mutant, project: Path) -> Ran:
+        """Run the tests that must catch a mutant, with it in the code of a copy of `project`."""
+        with TemporaryDirectory(prefix="outbox-zoo-") as directory:
+            root = Path(shutil.copytree(project, directory, dirs_exist_ok=True))
+            # Servers of tests may run under another account.
+            root.chmod(0o755)
+            mutant.apply(root)
+            return self.run(mutant.caught_by, root, _SECONDS)
 
-def _output(command: Sequence[str], root: Path, surroundings: dict[str, str], seconds: float) -> str:
-    with subprocess.Popen(
-        command,
-        cwd=root,
-        env=surroundings,
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        # A test's own processes must not outlive it when it is cut off.
-        start_new_session=True,
-    ) as process:
-        try:
-            printed, _ = process.communicate(timeout=seconds)
-        except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
-            printed, _ = process.communicate()
-            return f"{printed}\ncut off after {seconds:g} s"
-    return printed
+    def run(self, tests: Iterable[str], root: Path, seconds: float) -> Ran:
+        """Run tests of a copy in a process of its own, against a server that is there already."""
+        endings, printed = root / "endings", root / "printed"
+        endings.touch()
+        surroundings = os.environ | {
+            "PYTHONPATH": str(root),
+            "OUTBOX_TEST_DSN": self._dsn,
+            "OUTBOX_TEST_ZOO": "none",
+            "OUTBOX_ZOO_ENDINGS": str(endings),
+            "PYTEST_ADDOPTS": "",
+        }
+        started = time.monotonic()
+        run = {"root": str(root), "options": [*_OPTIONS, *tests], "surroundings": surroundings, "printed": str(printed)}
+        said = self._ask({"run": run, "seconds": seconds})
+        found = [json.loads(line) for line in endings.read_text().splitlines()]
+        cut_off = f"\ncut off after {seconds:g} s" if said["cut_off"] else ""
+        return Ran(found, time.monotonic() - started, printed.read_text() + cut_off)
+
+    def _ask(self, asked: dict[str, Any]) -> dict[str, Any]:
+        assert self._nursery.stdin is not None
+        assert self._nursery.stdout is not None
+        self._nursery.stdin.write(json.dumps(asked) + "\n")
+        self._nursery.stdin.flush()
+        said = self._nursery.stdout.readline()
+        assert said, "the process that runs are forked from has ended; what it said of it is above"
+        return json.loads(said)
 
 
 def escaped(mutant: Mutant, ran: Ran) -> list[str]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from pathlib import Path
 from queue import SimpleQueue
 from tempfile import TemporaryDirectory
@@ -41,17 +41,17 @@ cancellation swallowed by retry
 
 
 class Zoo:
-    """A copy of the project, servers to test it on, and a run for each mutant: as many at once as there are servers."""
+    """A copy of the project, cages, and a run for each mutant: as many at once as there are cages."""
 
-    def __init__(self, project: Path, dsns: list[str], mutants: list[Mutant]) -> None:
+    def __init__(self, project: Path, cages: list[keeper.Cage], mutants: list[Mutant]) -> None:
         self._project = project
-        self._free: SimpleQueue[str] = SimpleQueue()
-        for dsn in dsns:
-            self._free.put(dsn)
-        self._threads = ThreadPoolExecutor(len(dsns))
+        self._free: SimpleQueue[keeper.Cage] = SimpleQueue()
+        for cage in cages:
+            self._free.put(cage)
+        self._threads = ThreadPoolExecutor(len(cages))
         # It takes longest, and would have the others wait for it at the end.
-        self._control = self._threads.submit(self._on_a_server, self._run_unmutated, mutants)
-        self._runs = {mutant.name: self._threads.submit(self._on_a_server, self._let_out, mutant) for mutant in mutants}
+        self._control = self._threads.submit(self._in_a_cage, self._run_unmutated, mutants)
+        self._runs = {mutant.name: self._threads.submit(self._in_a_cage, self._let_out, mutant) for mutant in mutants}
 
     def ran(self, mutant: Mutant) -> keeper.Ran:
         """How the tests ended with the mutant in the code; raises what kept them from running."""
@@ -64,20 +64,20 @@ class Zoo:
     def close(self) -> None:
         self._threads.shutdown(cancel_futures=True)
 
-    def _on_a_server(self, work: Callable[..., keeper.Ran], what: object) -> keeper.Ran:
-        # A server each: some tests look at all that goes on at theirs.
-        dsn = self._free.get()
+    def _in_a_cage(self, work: Callable[..., keeper.Ran], what: object) -> keeper.Ran:
+        # Each has a server of its own: some tests look at all that goes on at theirs.
+        cage = self._free.get()
         try:
-            return work(what, dsn)
+            return work(what, cage)
         finally:
-            self._free.put(dsn)
+            self._free.put(cage)
 
-    def _let_out(self, mutant: Mutant, dsn: str) -> keeper.Ran:
-        return keeper.let_out(mutant, self._project, dsn)
+    def _let_out(self, mutant: Mutant, cage: keeper.Cage) -> keeper.Ran:
+        return cage.let_out(mutant, self._project)
 
-    def _run_unmutated(self, mutants: list[Mutant], dsn: str) -> keeper.Ran:
+    def _run_unmutated(self, mutants: list[Mutant], cage: keeper.Cage) -> keeper.Ran:
         tests = dict.fromkeys(test for mutant in mutants for test in mutant.caught_by)
-        return keeper.run(tests, self._project, dsn, _CONTROL_SECONDS)
+        return cage.run(tests, self._project, _CONTROL_SECONDS)
 
 
 @pytest.fixture(scope="module")
@@ -85,13 +85,13 @@ def zoo() -> Iterator[Zoo]:
     with ExitStack() as running:
         project = keeper.snapshot(Path(running.enter_context(TemporaryDirectory(prefix="outbox-zoo-project-"))))
         project.chmod(0o755)
-        dsns: list[str] = []
-        while len(dsns) < _AT_ONCE:
+        cages: list[keeper.Cage] = []
+        while len(cages) < _AT_ONCE:
             server = running.enter_context(postgres_server(settings=_SETTINGS))
-            dsns.append(server.dsn(driver="postgresql"))
+            cages.append(running.enter_context(closing(keeper.Cage(server.dsn(driver="postgresql")))))
             if server.kind == "given":
                 break
-        let_out = Zoo(project, dsns, CHOICE.mutants)
+        let_out = Zoo(project, cages, CHOICE.mutants)
         running.callback(let_out.close)
         yield let_out
 
