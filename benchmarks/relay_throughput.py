@@ -58,7 +58,8 @@ async def rows(server: EmbeddedPostgres, runs: int, scale: float = 1.0) -> Async
             pairs = [await pair(dsn, events, cell) for _ in range(runs)]
             base, mine = (statistics.median(side) for side in zip(*pairs, strict=True))
             relays = "1 relay" if cell.relays == 1 else f"{cell.relays} relays"
-            what = f"{relays} / floor, batch {cell.batch}, {cell.tenants} tenants ({mine:,.0f} / {base:,.0f} events/s)"
+            tenants = "1 tenant" if cell.tenants == 1 else f"{cell.tenants} tenants"
+            what = f"{relays} / floor, batch {cell.batch}, {tenants} ({mine:,.0f} / {base:,.0f} events/s)"
             goal = GOAL if cell.batch >= GOAL_FROM_BATCH else None
             yield Row(what, [ours / floor for floor, ours in pairs], least=goal)
             if cell.tenants > 1 and cell.batch in (100, 1_000):

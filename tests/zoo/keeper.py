@@ -37,6 +37,7 @@ class Ran:
     endings: list[dict[str, Any]]
     seconds: float
     printed: str
+    first_try: bool = True
 
     def of(self, test: str) -> list[dict[str, Any]]:
         """The endings of a test, with all of its parameters if none are named."""

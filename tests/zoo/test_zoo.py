@@ -9,6 +9,7 @@ import re
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing
+from dataclasses import replace
 from pathlib import Path
 from queue import SimpleQueue
 from tempfile import TemporaryDirectory
@@ -73,7 +74,11 @@ class Zoo:
             self._free.put(cage)
 
     def _let_out(self, mutant: Mutant, cage: keeper.Cage) -> keeper.Ran:
-        return cage.let_out(mutant, self._project)
+        ran = cage.let_out(mutant, self._project)
+        if keeper.escaped(mutant, ran):
+            # Some are caught by a race, which a busy machine may lose once; the table says so.
+            ran = replace(cage.let_out(mutant, self._project), first_try=False)
+        return ran
 
     def _run_unmutated(self, mutants: list[Mutant], cage: keeper.Cage) -> keeper.Ran:
         tests = dict.fromkeys(test for mutant in mutants for test in mutant.caught_by)
@@ -102,6 +107,7 @@ def test_it_is_caught(mutant: Mutant, zoo: Zoo, record_property: Callable[[str, 
     ran = zoo.ran(mutant)
     why = keeper.escaped(mutant, ran)
     verdict = "ESCAPED" if why else ", ".join(test.rpartition("::")[2] for test in mutant.caught_by)
+    verdict += "" if ran.first_try else ", at the second try"
     record_property(CAUGHT, (mutant.name, mutant.guarantee, verdict, ran.seconds))
     assert not why, f"{mutant.name!r} is not caught: {'; '.join(why)}\n{ran.printed[-3000:]}"
 
