@@ -77,21 +77,23 @@ class Cage:
 
     def run(self, tests: Iterable[str], root: Path, seconds: float) -> Ran:
         """Run tests of a copy in a process of its own, against a server that is there already."""
-        endings, printed = root / "endings", root / "printed"
-        endings.touch()
-        surroundings = os.environ | {
-            "PYTHONPATH": str(root),
-            "OUTBOX_TEST_DSN": self._dsn,
-            "OUTBOX_TEST_ZOO": "none",
-            "OUTBOX_ZOO_ENDINGS": str(endings),
-            "PYTEST_ADDOPTS": "",
-        }
-        started = time.monotonic()
-        run = {"root": str(root), "options": [*_OPTIONS, *tests], "surroundings": surroundings, "printed": str(printed)}
-        said = self._ask({"run": run, "seconds": seconds})
-        found = [json.loads(line) for line in endings.read_text().splitlines()]
-        cut_off = f"\ncut off after {seconds:g} s" if said["cut_off"] else ""
-        return Ran(found, time.monotonic() - started, printed.read_text() + cut_off)
+        with TemporaryDirectory(prefix="outbox-zoo-notes-") as notes:
+            endings, printed = Path(notes) / "endings", Path(notes) / "printed"
+            surroundings = os.environ | {
+                "PYTHONPATH": str(root),
+                "OUTBOX_TEST_DSN": self._dsn,
+                "OUTBOX_TEST_ZOO": "none",
+                "OUTBOX_ZOO_ENDINGS": str(endings),
+                "PYTEST_ADDOPTS": "",
+            }
+            run = {"root": str(root), "options": [*_OPTIONS, *tests], "surroundings": surroundings}
+            started = time.monotonic()
+            said = self._ask({"run": run | {"printed": str(printed)}, "seconds": seconds})
+            took = time.monotonic() - started
+            endings.touch()
+            found = [json.loads(line) for line in endings.read_text().splitlines()]
+            cut_off = f"\ncut off after {seconds:g} s" if said["cut_off"] else ""
+            return Ran(found, took, printed.read_text() + cut_off)
 
     def _ask(self, asked: dict[str, Any]) -> dict[str, Any]:
         assert self._nursery.stdin is not None
