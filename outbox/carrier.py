@@ -144,7 +144,7 @@ class Carrier:
     async def _claim(self, slots: int) -> list[Opened] | None:
         """Open attempts; an empty list says that nothing is due, None that it is worth looking again."""
         schema, backend_id = self._config.database_schema, self.backend_id
-        quiet, self._floors.rested_at = self._floors.lanes.quiet, None
+        quiet, self._floors.rested_through = self._floors.lanes.quiet, None
         async with self._floors.connection() as connection, connection.transaction():
             turn = await take_turn(connection, schema, backend_id)
             if turn is None:
@@ -162,7 +162,7 @@ class Carrier:
             lost = await self._lost(connection, turn) if turn.lost_attempts else []
             if not lost:
                 attempts = await self._claim_in_turn(connection, turn, slots)
-                self._floors.rested_at = quiet if turn.at_rest and not attempts else None
+                self._floors.rested_through = quiet if turn.at_rest and not attempts else None
                 return attempts
         # Settled outside the turn, each by its own fence: whoever else found them loses.
         for attempt in lost:

@@ -29,7 +29,7 @@ class Floors:
         self._config = config
         self._backend_id = backend_id
         # What was quiet when a claim found nothing, nothing held and nothing in hand; None when it did not.
-        self.rested_at: int | None = None
+        self.rested_through: int | None = None
         self._connected = 0
         self._slowest = 0.0
         self._raised_at = 0.0
@@ -55,11 +55,11 @@ class Floors:
 
         Takes no turn and writes nothing, where a claim writes a lock and commits it.
         """
-        if self.rested_at is None:
+        if self.rested_through is None:
             return False
         async with self.connection() as connection:
             highest = await connection.fetchval(HIGHEST.on(self._config.database_schema))
-        return bool(highest == self.lanes.quiet == self.rested_at)
+        return bool(highest == self.lanes.quiet == self.rested_through)
 
     async def mind(self, *, busy: bool) -> None:
         """Between two claims keep the next ones short: what was delivered is soon more than what is claimed."""
