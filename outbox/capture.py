@@ -10,19 +10,20 @@ from typing import Any, TypedDict, cast
 from urllib.parse import quote
 from uuid import UUID
 
-from sqlalchemy import String, Table, event, inspect, select
+from sqlalchemy import String, Table, event, inspect
 from sqlalchemy.orm import Mapper, QueryableAttribute, Session, object_session
 
+from outbox.before import AsItWas
 from outbox.content import DEFAULT_LIMITS, Limits, text_of
 from outbox.errors import SettingsError, UntrackedWrite
 from outbox.event import Operation, SyncEvent
 
-__all__ = ["AsItWas", "Change", "Changes", "Tracked", "Tracking", "changes_of", "columns_of", "identity_of"]
+__all__ = ["Change", "Changes", "Tracked", "Tracking", "changes_of", "columns_of", "identity_of"]
 
 
 @dataclass(frozen=True, slots=True)
 class Change:
-    """One row a flush has written. `key_before` is the resource it was, for an update; see `switched` in `Changes`."""
+    """One row a flush has written. `key_before` is the resource that it was; see `switched` in `Changes`."""
 
     operation: Operation
     row: Any
@@ -53,12 +54,16 @@ class Tracked:
         return (self.tenant(row), self.resource_id(row))
 
     def events(self, change: Change) -> list[SyncEvent]:
-        """Return the event of a change; before it, if the row became another resource, the delete of the one it was."""
+        """Return the event of a change; before it, if the row became another resource, the delete of the one it was.
+
+        A row that was deleted is the resource that it was, whatever it was changed to before.
+        """
         event = self.event(change.operation, change.row)
         before = change.key_before
         if before is None or before == (event.tenant_id, event.resource_id):
             return [event]
-        return [SyncEvent.delete(self.resource_type, before[1], tenant_id=before[0], limits=self.limits), event]
+        gone = SyncEvent.delete(self.resource_type, before[1], tenant_id=before[0], limits=self.limits)
+        return [gone] if change.operation is Operation.DELETE else [gone, event]
 
     def text(self, row: Any) -> str:
         """Return the content that an event of `row` carries, without the checks of one. Raises `InvalidEvent`."""
@@ -134,6 +139,11 @@ class Tracking:
         """Return how a class is tracked, itself or by the nearest of its bases."""
         return next((self._tracked[base] for base in entity.__mro__ if base in self._tracked), None)
 
+    def within(self, entity: type[Any]) -> Tracked | None:
+        """Return how a class is tracked or, where it is not, the first subclass of it that is."""
+        below = (self.of(mapper.class_) for mapper in inspect(entity).self_and_descendants)
+        return next((each for each in below if each is not None), None)
+
     def of_table(self, table: Any) -> Tracked | None:
         """Return the tracked class that a table belongs to."""
         if not isinstance(table, Table):
@@ -150,11 +160,12 @@ class Tracking:
     def _listen(self, entity: type[Any]) -> None:
         # The mapper's events fire for exactly the rows a flush writes, cascades and orphans included.
         collector = _Collector(self, entity)
+        event.listen(entity, "before_insert", collector.inserting, propagate=True)
         event.listen(entity, "after_insert", collector.inserted, propagate=True)
         # Before, because afterwards a value that the database computes has no history any more.
         event.listen(entity, "before_update", collector.updating, propagate=True)
-        event.listen(entity, "after_update", collector.updated, propagate=True)
-        event.listen(entity, "after_delete", collector.deleted, propagate=True)
+        # Before, because only then the database still has what a row was when it was loaded in part.
+        event.listen(entity, "before_delete", collector.deleting, propagate=True)
 
 
 class Changes(list[Change]):
@@ -176,6 +187,13 @@ class _Collector:
         self._tracking = tracking
         self._entity = entity
 
+    def inserting(self, mapper: Mapper[Any], _connection: Any, row: Any) -> None:
+        # In the place of one that is deleted in the same flush: SQLAlchemy announces an insert and writes an update.
+        session = object_session(row)
+        replaced = session and session.identity_map.get(mapper.identity_key_from_instance(row))
+        if replaced is not None:
+            self._collect(Operation.UPDATE, row, replaced)
+
     def inserted(self, _mapper: Any, _connection: Any, row: Any) -> None:
         self._collect(Operation.CREATE, row)
 
@@ -184,15 +202,10 @@ class _Collector:
         if session is not None and session.is_modified(row, include_collections=False):
             self._collect(Operation.UPDATE, row)
 
-    def updated(self, _mapper: Any, _connection: Any, row: Any) -> None:
-        # A new object whose row was deleted in the same flush: SQLAlchemy announced an insert and wrote an update.
-        if inspect(row).pending:
-            self._collect(Operation.UPDATE, row, switched=True)
-
-    def deleted(self, _mapper: Any, _connection: Any, row: Any) -> None:
+    def deleting(self, _mapper: Any, _connection: Any, row: Any) -> None:
         self._collect(Operation.DELETE, row)
 
-    def _collect(self, operation: Operation, row: Any, *, switched: bool = False) -> None:
+    def _collect(self, operation: Operation, row: Any, replaced: Any = None) -> None:
         tracked = self._tracking.of(type(row))
         # The listeners of a tracked base hear of its subclasses too; the nearest one speaks.
         if tracked is None or tracked.entity is not self._entity:
@@ -203,29 +216,9 @@ class _Collector:
         if changes.tracking is not self._tracking and changes.tracking.of(type(row)) is None:
             raise UntrackedWrite(f"{type(row).__name__} is tracked, but not by this session's manager")
         if changes.tracking is self._tracking:
-            before = tracked.key_of(AsItWas(row)) if operation is Operation.UPDATE and not switched else None
-            changes.append(Change(operation, row, before, switched))
-
-
-class AsItWas:
-    """A row as the database has it: changed attributes show their old values. What mappings of a key are asked with."""
-
-    def __init__(self, row: Any) -> None:
-        self.outbox_row = row
-
-    def __getattr__(self, name: str) -> Any:
-        """Return the attribute as it was loaded, or as the database still has it."""
-        state = inspect(self.outbox_row)
-        history = state.attrs[name].history if name in state.mapper.column_attrs else None
-        if not history or not history.added:
-            return getattr(self.outbox_row, name)
-        return history.deleted[0] if history.deleted else self._stored(state, name)
-
-    def _stored(self, state: Any, name: str) -> Any:
-        # Set without having been loaded, as after a commit; the UPDATE has not been written yet.
-        keys = zip(state.mapper.primary_key, state.identity, strict=True)
-        statement = select(getattr(state.mapper.class_, name)).where(*(column == value for column, value in keys))
-        return state.session.execute(statement).scalar_one()
+            was = row if replaced is None else replaced
+            before = None if operation is Operation.CREATE else tracked.key_of(AsItWas(was))
+            changes.append(Change(operation, row, before, switched=replaced is not None))
 
 
 def _function(mapping: Callable[[Any], str] | QueryableAttribute[Any]) -> Callable[[Any], str]:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from typing import Any
 
-from sqlalchemy import ClauseElement, Delete, Update, event, inspect, select
+from sqlalchemy import ClauseElement, Delete, Update, event, inspect
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import ORMExecuteState, Session, SessionTransaction
 
@@ -14,6 +14,7 @@ from outbox.capture import Changes, Tracked, Tracking
 from outbox.errors import InvalidEvent, SettingsError, UntrackedWrite
 from outbox.event import Operation, SyncEvent
 from outbox.headers import Carrying, carrying, checked_headers
+from outbox.mass import recorded_by, returning_rows, written_by
 from outbox.record import record, refuse_autocommit
 from outbox.token import SyncToken
 
@@ -56,6 +57,8 @@ class SyncOutboxSession(Session):
         self._recorded = Carrying()
         self._tokens: list[tuple[list[SessionTransaction], SyncToken]] = []
         self.token: SyncToken | None = None
+        # While rows are looked at before a flush; and once a commit has been prepared as far as we are asked.
+        self.checking = self.committing = False
         self.info["outbox_changes"] = Changes(tracking)
 
     def record(self, *events: SyncEvent | Iterable[SyncEvent]) -> None:
@@ -65,34 +68,33 @@ class SyncOutboxSession(Session):
             self.begin()
         for each in events:
             self._recorded += carrying([each] if isinstance(each, SyncEvent) else each, self._headers)
+        if self.committing and not self._flushing:
+            # Whoever is asked before the commit later than we are.
+            self.write_all()
 
     def execute_recorded(self, statement: Update | Delete) -> int:
         """Run a bulk update or delete of a tracked class and record one event per row; return how many rows.
 
-        The rows come back through RETURNING in pages of 1,000, so memory stays bounded.
+        The rows come back through RETURNING in pages of 1,000, so memory stays bounded. Raises `UntrackedWrite` for
+        other statements, and for updates of what resources go by; where that is computed by a function, see to it.
         """
-        tracked = self.tracked_by(statement) if isinstance(statement, (Update, Delete)) else None
-        if tracked is None:
-            raise UntrackedWrite("execute_recorded: takes an update() or delete() of a tracked class")
-        operation = Operation.UPDATE if isinstance(statement, Update) else Operation.DELETE
+        tracked = recorded_by(self.tracking, statement)
         refuse_autocommit(self.connection())
         # A refused row takes the whole statement back, and leaves the transaction usable.
         with self.begin_nested():
-            return self._execute_recorded(statement, tracked, operation)
+            return self._execute_recorded(statement, tracked)
 
-    def _execute_recorded(self, statement: Update | Delete, tracked: Tracked, operation: Operation) -> int:
+    def _execute_recorded(self, statement: Update | Delete, tracked: Tracked) -> int:
+        operation = Operation.UPDATE if isinstance(statement, Update) else Operation.DELETE
         options: dict[str, Any] = {"outbox_recorded": True, "populate_existing": True}
         # psycopg streams through DECLARE CURSOR, which takes no UPDATE.
         if self.connection().dialect.driver == "asyncpg":
             options["yield_per"] = _PAGE
-        if "parententity" not in statement.table._annotations:  # noqa: SLF001 - no public way tells a Core table
-            returning: Any = select(tracked.entity).from_statement(statement.returning(*statement.table.c))
-        else:
-            returning = statement.returning(tracked.entity)
-        rows = self.scalars(returning, execution_options=options)
+        rows = self.scalars(returning_rows(statement, tracked), execution_options=options)
         count = 0
         for page in rows.partitions(_PAGE):
-            events = [tracked.event(operation, row) for row in page]
+            # A subclass may be tracked as what it is.
+            events = [(self.tracking.of(type(row)) or tracked).event(operation, row) for row in page]
             count += len(events)
             self.write(events)
         return count
@@ -103,16 +105,21 @@ class SyncOutboxSession(Session):
             token = record(self.connection(), carrying(events, self._headers), schema=self._schema)
             self._tokens.append((list(self._savepoints()), token))
 
+    def write_all(self) -> None:
+        """Write everything, the business rows first: their locks put the events of one key in commit order."""
+        self.flush()
+        self.write_recorded()
+
     def write_recorded(self) -> None:
         """Write what `record` has gathered."""
         events, self._recorded = self._recorded, Carrying()
         self.write(events)
 
-    def begin_nested(self) -> SessionTransaction:
-        """Open a savepoint; what was recorded before it does not share its fate."""
-        self.flush()
-        self.write_recorded()
-        return super().begin_nested()
+    def begin(self, nested: bool = False) -> SessionTransaction:
+        """Begin, or open a savepoint; what was recorded before a savepoint does not share its fate."""
+        if nested:
+            self.write_all()
+        return super().begin(nested)
 
     def forget(self, *, everything: bool) -> None:
         """Drop what was gathered and not yet written; with the outermost transaction, also what was."""
@@ -151,17 +158,6 @@ class SyncOutboxSession(Session):
         """Refused: it bypasses the flush that records events."""
         raise _bypass("bulk_update_mappings")
 
-    def tracked_by(self, statement: Any) -> Tracked | None:
-        """Return how the entity that a bulk statement writes is tracked."""
-        try:
-            entity = statement.entity_description.get("entity")
-        except KeyError:
-            # A statement on a table whose criteria are attributes of a class.
-            entity = None
-        if entity is not None:
-            return self.tracking.of(inspect(entity).mapper.class_)
-        return self.tracking.of_table(statement.table)
-
 
 class OutboxSession(AsyncSession):
     """An `AsyncSession` whose `sync_session` records events. Made by `SyncManager.session()`."""
@@ -187,6 +183,10 @@ def _bypass(call: str) -> UntrackedWrite:
     return UntrackedWrite(f"{call}: writes past the flush that records events; use add_all(), or execute_recorded()")
 
 
+class _TooEarly(Exception):
+    """Other rows were asked for before a flush: they would be kept as they are, and the event made of that after it."""
+
+
 @event.listens_for(SyncOutboxSession, "before_flush")
 def _refuse_early(session: SyncOutboxSession, _context: Any, _instances: Any) -> None:
     """Refuse bad content before any SQL, while the transaction is still whole.
@@ -194,7 +194,19 @@ def _refuse_early(session: SyncOutboxSession, _context: Any, _instances: Any) ->
     A mapping that needs what only the database can give (a generated key) may fail here; it is asked again after
     the rows were written.
     """
-    found = False
+    announced = list(_announced(session))
+    session.checking = True
+    try:
+        for tracked, operation, row in announced:
+            _check(tracked, operation, row)
+    finally:
+        session.checking = False
+    if announced:
+        refuse_autocommit(session.connection())
+
+
+def _announced(session: SyncOutboxSession) -> Iterator[tuple[Tracked, Operation, Any]]:
+    """Yield what a flush is about to write of tracked classes."""
     for operation, rows in (
         (Operation.CREATE, session.new),
         (Operation.UPDATE, session.dirty),
@@ -203,10 +215,7 @@ def _refuse_early(session: SyncOutboxSession, _context: Any, _instances: Any) ->
         for row in rows:
             tracked = session.tracking.of(type(row))
             if tracked is not None and (operation is not Operation.UPDATE or session.is_modified(row)):
-                found = True
-                _check(tracked, operation, row)
-    if found:
-        refuse_autocommit(session.connection())
+                yield tracked, operation, row
 
 
 def _check(tracked: Tracked, operation: Operation, row: Any) -> None:
@@ -216,7 +225,7 @@ def _check(tracked: Tracked, operation: Operation, row: Any) -> None:
     # What a mapping raises for a value that is not there yet says nothing; afterwards it does.
     unknown = operation is Operation.CREATE and None in inspect(row).mapper.primary_key_from_instance(row)
     try:
-        with suppress(AttributeError, LookupError, TypeError, ValueError):
+        with suppress(_TooEarly, AttributeError, LookupError, TypeError, ValueError):
             tracked.event(operation, row)
     except InvalidEvent as error:
         if not unknown or error.path.startswith("content"):
@@ -237,15 +246,15 @@ def _record_changes(session: SyncOutboxSession, _context: Any) -> None:
         tracked = session.tracking.of(type(change.row))
         assert tracked is not None, "only rows of tracked classes are collected"
         events += tracked.events(change)
-    session.write(events)
+    # What is there after a flush was written by it last, in whichever order SQLAlchemy wrote the rows of one name.
+    session.write(sorted(events, key=lambda each: each.operation is not Operation.DELETE))
     session.write_recorded()
 
 
 @event.listens_for(SyncOutboxSession, "before_commit")
 def _record_rest(session: SyncOutboxSession) -> None:
-    # The business rows first: their locks are what puts the events of one key in commit order.
-    session.flush()
-    session.write_recorded()
+    session.write_all()
+    session.committing = True
 
 
 @event.listens_for(SyncOutboxSession, "after_commit")
@@ -255,25 +264,32 @@ def _ring(session: SyncOutboxSession) -> None:
 
 @event.listens_for(SyncOutboxSession, "after_soft_rollback")
 def _forget(session: SyncOutboxSession, previous: SessionTransaction) -> None:
+    # A flush that fails rolls back all that it lies in up to a savepoint, and names only its own part of that.
+    while not previous.nested and previous.parent is not None:
+        previous = previous.parent
     session.forget(everything=not previous.nested)
     session.undo(previous)
 
 
 @event.listens_for(SyncOutboxSession, "after_transaction_end")
 def _end(session: SyncOutboxSession, ended: SessionTransaction) -> None:
+    if ended.parent is None or ended.nested:
+        session.committing = False
     if ended.parent is None:
         session.forget(everything=True)
 
 
 @event.listens_for(SyncOutboxSession, "do_orm_execute")
 def _refuse_bypass(state: ORMExecuteState) -> None:
-    if not (state.is_update or state.is_delete or state.is_insert):
-        return
     session = state.session
     assert isinstance(session, SyncOutboxSession)
+    if session.checking and state.is_relationship_load:
+        raise _TooEarly
+    if not (state.is_update or state.is_delete or state.is_insert):
+        return
     if state.execution_options.get("outbox_recorded"):
         return
-    tracked = session.tracked_by(state.statement)
+    tracked = written_by(session.tracking, state.statement)
     if tracked is not None:
         raise UntrackedWrite(
             f"a bulk write of {tracked.entity.__name__} would leave no event; "

@@ -146,7 +146,8 @@ def _read(group: str) -> Recorded:
     split = [run.partition("N") for run in (runs or "").split("R") if run]
     numbers = tuple((int(first, 16), int(count or "1", 16)) for first, _, count in split)
     recorded = Recorded(int(transaction_id, 16), int(stamp, 16), tuple(names.split(".")[1:]), numbers)
-    if max(recorded.transaction_id, recorded.stamp, *chain.from_iterable(numbers), 0) > _LARGEST:
+    ends = [first + count - 1 for first, count in numbers]
+    if max(recorded.transaction_id, recorded.stamp, *chain.from_iterable(numbers), *ends) > _LARGEST:
         raise InvalidToken
     return recorded
 

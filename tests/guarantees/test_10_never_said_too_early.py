@@ -8,10 +8,13 @@ import zlib
 from collections.abc import Iterator
 from contextlib import suppress
 from itertools import takewhile
+from typing import Any
 
 import pytest
-from sqlalchemy import text
+from sqlalchemy import Column, Text, text
+from sqlalchemy.exc import IntegrityError
 from sqlalchemy.ext.asyncio import AsyncEngine
+from sqlalchemy.orm import declarative_base
 
 from outbox import InvalidToken, Registration, SyncEvent, SyncManager, SyncState, SyncToken, UnknownSecondary, record
 from outbox.secondaries.base import Rejected, Retry
@@ -165,6 +168,42 @@ async def test_a_session_gives_a_token_of_what_its_commit_kept(primary: AsyncEng
     assert len(token.positions) == 3
 
 
+async def test_a_flush_that_fails_in_a_savepoint_takes_nothing_from_the_token_but_what_it_took_back(
+    primary: AsyncEngine,
+) -> None:
+    """W3: what was recorded before the savepoint is still to be waited for, and the relays are told of it."""
+    _, manager = await one(primary)
+    entity = mapped_class()
+    manager.track(entity, resource_type="Note")
+    async with primary.begin() as connection:
+        await connection.run_sync(entity.metadata.create_all)
+    async with manager.session() as session:
+        session.add(entity(id="there"))
+        await session.commit()
+        before = session.token
+        session.add(entity(id="kept"))
+        with pytest.raises(IntegrityError):
+            async with session.begin_nested():
+                session.record(change("undone"))
+                session.add(entity(id="there"))
+                await session.flush()
+        session.record(change("after"))
+        await session.commit()
+        token = session.token
+    assert token is not None
+    assert token != before
+    async with primary.connect() as connection:
+        query = text("select resource_id from outbox where event_id = any (:positions) order by event_id")
+        found = await connection.execute(query, {"positions": token.positions})
+        assert [row[0] for row in found] == ["kept", "after"]
+
+
+def mapped_class() -> Any:
+    """A class of one test alone: what is tracked once is tracked in the whole process."""
+    base = declarative_base()
+    return type("Note", (base,), {"__tablename__": "note", "id": Column(Text, primary_key=True)})
+
+
 async def test_what_was_pruned_is_said_to_be_that(primary: AsyncEngine) -> None:
     """W5: whatever was owed of it ended before; that it was applied nobody can say any more."""
     _, manager = await one(primary, keep_events=0.001)
@@ -311,6 +350,8 @@ async def test_a_forged_token_costs_no_more_than_a_look(primary: AsyncEngine) ->
     assert not await manager.wait_for_sync(_forged(""), timeout=0)
     beyond = f"{2**63:x}"
     numbers = ("-1.1.1.search", f"{beyond}.1.1.search", f"1.{beyond}.1.search", f"1.1.1N{beyond}.search")
+    # Each number is a position, and the last of the run is not: asked for, it would fail the look of all who wait.
+    numbers += (f"1.1.{2**63 - 1:x}N2.search",)
     for body in (*numbers, "1.1.1." + "x" * 64, "7", "1.1.search", "1.1.1.search~", "1.1.1.S", "1.1.1R.search"):
         token = _forged(body)
         if body.endswith("~"):
