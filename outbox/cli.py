@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import traceback
 from importlib.util import find_spec
 
 from outbox.errors import OutboxError
@@ -23,10 +24,11 @@ def main() -> None:
 
     try:
         app()
-    except OutboxError as error:
-        if os.environ.get("OUTBOX_DEBUG") == "1":
-            raise
-        _fail(str(error))
+    except Exception as error:  # noqa: BLE001 - whatever it is: 1 would say that something was looked at and is wrong
+        if isinstance(error, OutboxError) and os.environ.get("OUTBOX_DEBUG") != "1":
+            _fail(str(error))
+        traceback.print_exc()
+        raise SystemExit(2) from None
 
 
 def _fail(sentence: str) -> None:

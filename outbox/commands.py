@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 from datetime import timedelta
 from pathlib import Path
 from typing import Annotated
@@ -50,7 +51,8 @@ def migrate_tables(
     if sql:
         typer.echo(migration_sql((SyncConfig(database_schema=schema) if schema else SyncConfig.load()).database_schema))
         return
-    tables = tables_of(None, None, dsn, schema)
+    # Not the application's: its account need not be one that may create tables.
+    tables = tables_of(None, None, dsn or os.environ.get("OUTBOX_DSN"), schema)
     before, after = asyncio.run(errands.migrate_tables(tables))
     done = f"upgraded the outbox tables from {before} to {after}" if before else f"created the outbox tables ({after})"
     done = f"nothing to do, the outbox tables are at {after}" if before == after else done

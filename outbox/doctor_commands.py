@@ -17,7 +17,7 @@ from outbox.ahead import Moved
 from outbox.finding import Finding, Verdict
 from outbox.manager import SyncManager
 from outbox.options import App, Config, Dsn, Json, Schema
-from outbox.reach import manager_of, reached, tables_of
+from outbox.reach import manager_for, reached
 from outbox.render import console, json_text
 
 __all__ = ["doctor"]
@@ -42,11 +42,7 @@ def doctor(
 
     Exit status 1 when something is wrong. With --dsn alone the secondaries themselves are not asked.
     """
-    if app is not None or config is not None:
-        manager = manager_of(app, config)
-    else:
-        tables = tables_of(None, None, dsn, schema)
-        manager = SyncManager(tables.engine, config=tables.config)
+    manager = manager_for(app, config, dsn, schema)
     moved, findings = asyncio.run(_examine(manager, repair=repair))
     wrong = any(each.verdict is Verdict.WRONG for each in findings)
     if json:

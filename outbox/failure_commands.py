@@ -9,7 +9,7 @@ import typer
 
 from outbox import errands
 from outbox.operate import Which
-from outbox.options import App, Config, Dsn, Json, Schema
+from outbox.options import App, Config, Dsn, Json, Schema, refuse_options_before
 from outbox.reach import tables_of
 from outbox.render import console, failure_table, json_text
 
@@ -40,12 +40,15 @@ def list_failures(
 ) -> None:
     """List the keys that failed: dead ones first, then those that will be tried again."""
     if context.invoked_subcommand is not None:
+        refuse_options_before(context)
         return
     found = asyncio.run(errands.look_at_failures(tables_of(app, config, dsn, schema), backend, most))
     if json:
         typer.echo(json_text({"failures": found}))
     elif found:
         console().print(failure_table(found))
+        if len(found) == most:
+            typer.echo(f"These are the first {most:,}; --most shows more.")
     else:
         typer.echo("Nothing fails.")
 
@@ -85,6 +88,7 @@ def discard(
     resource_id: _Id = None,
     code: _Code = None,
     state: _State = "dead",
+    yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
     dry_run: _DryRun = False,
 ) -> None:
     """Give up what is dead (or, with --state retrying, what still fails), and note why.
@@ -92,8 +96,19 @@ def discard(
     The secondary then differs from the primary in these keys until they are written again; reconcile says so.
     """
     which = Which(backend, tenant, resource_type, resource_id, code, state)
-    keys = asyncio.run(errands.discard(tables_of(app, config, dsn, schema), which, reason, dry_run=dry_run))
-    typer.echo(f"{_keys(keys)} would be given up" if dry_run else f"{_keys(keys)} given up")
+
+    def given_up(*, only_tell: bool) -> str:
+        # Each run closes its connections, and so has tables of its own.
+        tables = tables_of(app, config, dsn, schema)
+        return _keys(asyncio.run(errands.discard(tables, which, reason, dry_run=only_tell)))
+
+    if dry_run or not yes:
+        typer.echo(f"{given_up(only_tell=True)} would be given up")
+    if dry_run:
+        return
+    if not yes:
+        typer.confirm("Give up what they are owed?", abort=True)
+    typer.echo(f"{given_up(only_tell=False)} given up")
 
 
 def _keys(keys: int) -> str:

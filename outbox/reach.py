@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import socket
 import sys
 from collections.abc import AsyncIterator
@@ -21,9 +22,10 @@ from outbox.primary import PRIMARY_FAILED
 from outbox.settings import SyncConfig
 from outbox.statement import check_identifier
 
-__all__ = ["Tables", "Unreached", "manager_of", "place_of", "reached", "tables_of", "using"]
+__all__ = ["Tables", "Unreached", "manager_for", "manager_of", "named", "place_of", "reached", "tables_of", "using"]
 
 _REFUSALS = {
+    "25006": "only reads, as a standby does: give the primary's address",
     "28000": "refuses this account: check its user and its pg_hba.conf",
     "28P01": "refuses the password: check user and password of the address",
     "3D000": "has no such database: create it, or correct the address",
@@ -31,12 +33,21 @@ _REFUSALS = {
     "42501": "denies a permission that this needs: ask for it, or use an account that has it",
     "42P01": "misses a table of the outbox: run `outbox migrate`",
     "53300": "has no connection left: close some, or raise max_connections",
+    "55P03": "did not give a lock in time: `outbox doctor` names long transactions; end the one that holds it",
     "57P03": "is starting up or shutting down: try again in a moment",
 }
 
 
 class Unreached(OutboxError):
     """What a command is about was not named, is not there, does not answer, or refuses."""
+
+
+class Named(NamedTuple):
+    """What a command is about: one of these, or nothing."""
+
+    app: str | None
+    config: Path | None
+    dsn: str | None
 
 
 class Tables(NamedTuple):
@@ -52,8 +63,27 @@ class Tables(NamedTuple):
         return self.config.database_schema
 
 
+def named(app: str | None, config: Path | None, dsn: str | None = None) -> Named:
+    """Return the one that was typed, else the one the environment names: application, configuration or address.
+
+    Raises `Unreached` when two were typed, which may be of different primaries.
+    """
+    typed = {"--app": app, "--config": config, "--dsn": dsn}
+    given = [option for option, value in typed.items() if value is not None]
+    if len(given) > 1:
+        raise Unreached(f"{' and '.join(given)} may name different primaries: give one of them")
+    if given:
+        return Named(app, config, dsn)
+    if app := os.environ.get("OUTBOX_APP"):
+        return Named(app, None, None)
+    if path := os.environ.get("OUTBOX_CONFIG"):
+        return Named(None, Path(path), None)
+    return Named(None, None, os.environ.get("OUTBOX_DSN"))
+
+
 def manager_of(app: str | None, config: Path | None) -> SyncManager:
     """Return the manager that `--app module:attribute` or `--config FILE` names. Raises `OutboxError`."""
+    app, config, _ = named(app, config)
     if app is not None:
         return _manager_in_code(app)
     if config is not None:
@@ -62,7 +92,8 @@ def manager_of(app: str | None, config: Path | None) -> SyncManager:
 
 
 def tables_of(app: str | None, config: Path | None, dsn: str | None, schema: str | None) -> Tables:
-    """Return the tables of an application, a configuration or an address, whichever is given first."""
+    """Return the tables of the application, the configuration or the address that is `named`."""
+    app, config, dsn = named(app, config, dsn)
     if app is not None or config is not None:
         manager = manager_of(app, config)
         expected = tuple(each.backend_id for each in manager.registrations)
@@ -70,6 +101,22 @@ def tables_of(app: str | None, config: Path | None, dsn: str | None, schema: str
     if not dsn:
         raise Unreached("no primary is named: give --dsn, or OUTBOX_DSN in the environment, or --app, or --config")
     return Tables(engine_on(dsn), _in_schema(SyncConfig.load(), schema))
+
+
+def manager_for(app: str | None, config: Path | None, dsn: str | None, schema: str | None) -> SyncManager:
+    """Return the manager that is `named`, or for an address one that has no secondaries of its own.
+
+    Raises `Unreached` when `schema` is not the manager's: it says itself where its tables are.
+    """
+    app, config, dsn = named(app, config, dsn)
+    if app is None and config is None:
+        tables = tables_of(None, None, dsn, schema)
+        return SyncManager(tables.engine, config=tables.config)
+    manager = manager_of(app, config)
+    own = manager.config.database_schema
+    if schema not in (None, own):
+        raise Unreached(f"--schema {schema}: this manager's tables are in {own}, by its database_schema")
+    return manager
 
 
 def _in_schema(config: SyncConfig, schema: str | None) -> SyncConfig:

@@ -12,7 +12,7 @@ from msgspec.structs import asdict
 from outbox import resource_errands
 from outbox.forget import Evidence
 from outbox.options import App, Config, Dsn, Json, Schema
-from outbox.reach import manager_of
+from outbox.reach import manager_for, manager_of
 from outbox.render import console, json_text
 from outbox.render_story import evidence_text, story_text
 from outbox.story import Story
@@ -39,7 +39,7 @@ def why(
     when every secondary was seen to be in step, 1 when one is not or cannot be asked.
     """
     asked = resource_errands.resource_of(resource, tenant)
-    story = asyncio.run(resource_errands.why(resource_errands.manager_for(app, config, dsn, schema), asked))
+    story = asyncio.run(resource_errands.why(manager_for(app, config, dsn, schema), asked))
     if json:
         typer.echo(json_text(_story(story)))
     else:

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 from datetime import timedelta
-from pathlib import Path
 
 from outbox.find import Asked
 from outbox.forget import Evidence
 from outbox.manager import SyncManager
-from outbox.reach import Unreached, manager_of, tables_of, using
+from outbox.reach import Unreached, using
 from outbox.story import Story
 
-__all__ = ["forget", "manager_for", "resource_of", "why"]
+__all__ = ["forget", "resource_of", "why"]
 
 
 def resource_of(resource: str, tenant: str) -> Asked:
@@ -20,14 +19,6 @@ def resource_of(resource: str, tenant: str) -> Asked:
     if not kind or not slash or not name:
         raise Unreached(f"{resource}: must be TYPE/ID, such as Patient/123")
     return Asked(tenant, kind, name)
-
-
-def manager_for(app: str | None, config: Path | None, dsn: str | None, schema: str | None) -> SyncManager:
-    """Return the manager that is named, else one on the given address that has no secondaries of its own."""
-    if app is not None or config is not None:
-        return manager_of(app, config)
-    tables = tables_of(None, None, dsn, schema)
-    return SyncManager(tables.engine, config=tables.config)
 
 
 async def why(manager: SyncManager, asked: Asked) -> Story:

@@ -12,7 +12,7 @@ from msgspec.structs import asdict
 from outbox import roster_errands as errands
 from outbox.interrupt import until_signal
 from outbox.options import App, Backend, Config, Dsn, Json, Schema
-from outbox.reach import manager_of
+from outbox.reach import manager_for, manager_of
 from outbox.render import console, drift_table, drift_text, json_text
 from outbox.retire import Removal
 from outbox.roster import Addition
@@ -40,7 +40,7 @@ def rebuild(backend: Backend, app: App = None, config: Config = None, *, json: J
 
 def promote(backend: Backend, app: App = None, config: Config = None, dsn: Dsn = None, schema: Schema = None) -> None:
     """Make a shadow live, as it is: `outbox add` does so by itself, once it has proved that it equals the primary."""
-    asyncio.run(errands.promote(errands.manager_for(app, config, dsn, schema), backend))
+    asyncio.run(errands.promote(manager_for(app, config, dsn, schema), backend))
     typer.echo(f"{backend} is live")
 
 
@@ -52,12 +52,17 @@ def drain(
     schema: Schema = None,
     *,
     wait: Annotated[bool, typer.Option("--wait/--no-wait", help="Until it has what it is owed.")] = True,
+    yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
 ) -> None:
-    """Owe a secondary nothing more, and wait until relays have carried what it is owed.
+    """Owe a secondary nothing more, before it is removed, and wait until relays have carried what it is owed.
 
-    Exit status 1 when some of its keys are dead: those nobody carries by himself.
+    To carry a backlog and go on, run `outbox relay --drain`. Exit status 1 when some of its keys are dead: those nobody
+    carries by himself.
     """
-    manager = errands.manager_for(app, config, dsn, schema)
+    if not yes:
+        typer.echo(f"{backend} will be owed nothing new; only `outbox add {backend}` brings it back.")
+        typer.confirm("Go on?", abort=True)
+    manager = manager_for(app, config, dsn, schema)
 
     async def drained() -> int:
         dead = await errands.drain(manager, backend, typer.echo, wait=wait)
@@ -86,7 +91,7 @@ def remove(
     """
 
     def told_to(*, only_tell: bool) -> Removal:
-        manager = errands.manager_for(app, config, dsn, schema)
+        manager = manager_for(app, config, dsn, schema)
         return asyncio.run(errands.remove(manager, backend, reason, discard=discard, dry_run=only_tell))
 
     if dry_run or (discard and not yes):

@@ -2,22 +2,12 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from outbox.manager import SyncManager
-from outbox.reach import manager_of, tables_of, using
+from outbox.reach import using
 from outbox.retire import Removal
 from outbox.roster import Addition, Tell
 
-__all__ = ["add", "drain", "manager_for", "promote", "rebuild", "remove"]
-
-
-def manager_for(app: str | None, config: Path | None, dsn: str | None, schema: str | None) -> SyncManager:
-    """Return the manager that is named, else one on the given address that has no secondaries of its own."""
-    if app is not None or config is not None:
-        return manager_of(app, config)
-    tables = tables_of(None, None, dsn, schema)
-    return SyncManager(tables.engine, config=tables.config)
+__all__ = ["add", "drain", "promote", "rebuild", "remove"]
 
 
 async def add(manager: SyncManager, backend: str, tell: Tell) -> Addition:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import tomllib
 from datetime import timedelta
 from enum import StrEnum
@@ -24,7 +25,16 @@ from outbox.errors import SettingsError
 __all__ = ["SyncConfig", "SyncMode"]
 
 _IDENTIFIER = r"^[a-z_][a-z0-9_]{0,62}$"
-_Duration = Annotated[timedelta, Field(gt=timedelta(0), le=timedelta(days=366))]
+_SECONDS = re.compile(r"\d+(\.\d+)?")
+
+
+def _in_seconds(value: Any) -> Any:
+    # The environment has no numbers.
+    return float(value) if isinstance(value, str) and _SECONDS.fullmatch(value) else value
+
+
+_InText = BeforeValidator(_in_seconds)
+_Duration = Annotated[timedelta, _InText, Field(gt=timedelta(0), le=timedelta(days=366))]
 # A file and an environment have no word for None.
 _OrOff = BeforeValidator(lambda value: None if value == "off" else value)
 
@@ -60,7 +70,9 @@ class SyncConfig(BaseModel):
     sync_timeout: _Duration = timedelta(seconds=5)
     """Longest time a caller waits for secondaries after its commit; what is not there by then is still on its way."""
 
-    max_read_lag: Annotated[timedelta, Field(ge=timedelta(0), le=timedelta(days=366))] = timedelta(milliseconds=500)
+    max_read_lag: Annotated[timedelta, _InText, Field(ge=timedelta(0), le=timedelta(days=366))] = timedelta(
+        milliseconds=500
+    )
     """Greatest age of what a secondary may still be missing when it is read, and how long a reader waits for it to be
     less; zero: only a secondary that misses nothing is read, and nobody waits."""
 
@@ -172,8 +184,13 @@ class SyncConfig(BaseModel):
 
     @classmethod
     def load(cls, path: str | Path | None = None) -> SyncConfig:
-        """Return the settings of the `[outbox]` table of a TOML file, overridden by `OUTBOX_<FIELD>` variables."""
+        """Return the settings of the `[outbox]` table of a TOML file, overridden by `OUTBOX_<FIELD>` variables.
+
+        Raises `SettingsError`; and `OSError` and `ValueError` for a file that cannot be read or is not TOML.
+        """
         table = {} if path is None else tomllib.loads(Path(path).read_text()).get("outbox", {})
+        if not isinstance(table, dict):
+            raise SettingsError("outbox", "must be a table: [outbox]")
         environment = {
             field: os.environ[name] for field in cls.model_fields if (name := f"OUTBOX_{field.upper()}") in os.environ
         }

@@ -22,7 +22,7 @@ import pytest
 from sqlalchemy import make_url
 from sqlalchemy.ext.asyncio import AsyncEngine
 
-from outbox import Rejected, SettingsError, SyncEvent, SyncManager, Unavailable
+from outbox import Rejected, SettingsError, SyncConfig, SyncEvent, SyncManager, Unavailable
 from outbox.cli import main
 from outbox.config import manager_from_config
 from outbox.secondaries.base import Outcome
@@ -326,7 +326,7 @@ class TestFailures:
         assert (missing.status, "--reason" in missing.errors) == (2, True)
         reason = ("--reason", "moved away", "--id", "2", "--dsn", dsn)
         assert outbox("failures", "discard", "--dry-run", *reason).output == "1 key would be given up\n"
-        assert outbox("failures", "discard", *reason).output == "1 key given up\n"
+        assert outbox("failures", "discard", "--yes", *reason).output == "1 key given up\n"
         assert execute(dsn, "select resource_id, reason from outbox_discarded") == [("2", "moved away")]
         assert "must be retrying or dead" in outbox("failures", "redrive", "--state", "odd", "--dsn", dsn).errors
         for command in ("redrive", "discard"):
@@ -473,13 +473,13 @@ class TestErrors:
 
     def test_debug_shows_where_it_came_from(self):
         done = process("status", OUTBOX_DEBUG="1")
-        assert done.status != 0
+        assert done.status == 2
         assert "Traceback" in done.errors
 
     def test_what_an_application_misses_is_its_own_error(self, tmp_path: Path):
         (tmp_path / "broken.py").write_text("import not_installed_anywhere")
         done = process("relay", "--app", "broken:manager", cwd=tmp_path)
-        assert done.status != 0
+        assert done.status == 2
         assert 'broken.py", line 1' in done.errors
         assert "not_installed_anywhere" in done.errors
 
@@ -541,6 +541,23 @@ class TestConfig:
         monkeypatch.setenv("OUTBOX_DSN", "postgresql://environment/db")
         assert manager_from_config(tmp_path / "outbox.toml").engine.url.host == "environment"
 
+    @pytest.mark.parametrize(("given", "seconds"), [("60", 60), ("0.5", 0.5), ("PT30S", 30), ("00:02:00", 120)])
+    def test_durations_of_the_environment_are_seconds_too(
+        self, monkeypatch: pytest.MonkeyPatch, given: str, seconds: float
+    ):
+        monkeypatch.setenv("OUTBOX_STATEMENT_TIMEOUT", given)
+        monkeypatch.setenv("OUTBOX_MAX_READ_LAG", given)
+        monkeypatch.setenv("OUTBOX_PROOF_INTERVAL", given)
+        found = SyncConfig.load()
+        durations = (found.statement_timeout, found.max_read_lag, found.proof_interval)
+        assert durations == (timedelta(seconds=seconds),) * 3
+
+    def test_a_duration_that_is_none_is_refused(self, monkeypatch: pytest.MonkeyPatch):
+        for given in ("soon", "-5", "0", "1e9", ""):
+            monkeypatch.setenv("OUTBOX_STATEMENT_TIMEOUT", given)
+            with pytest.raises(SettingsError, match="statement_timeout"):
+                SyncConfig.load()
+
     @pytest.mark.parametrize(
         ("text", "field", "expectation"),
         [
@@ -551,6 +568,7 @@ class TestConfig:
             ("dsn = 'postgresql://b/c'\nsecondary = 1", "secondary", "no part"),
             ("dsn = 'postgresql://b/c'\nsecondaries = 1", "secondaries", "table"),
             ("dsn = 'postgresql://b/c'\n[outbox]\nbatch = 1", "batch", "not permitted"),
+            ("dsn = 'postgresql://b/c'\noutbox = 3", "outbox", "must be a table"),
             ("dsn = 'postgresql://b/c'\n[secondaries.a]\nurl = 'x'", "secondaries.a.type", "opensearch"),
             ("dsn = 'postgresql://b/c'\n[secondaries.a]\ntype = 'sql'", "secondaries.a.url", "required"),
             ("dsn = 'postgresql://b/c'\n[secondaries.a]\ntype = 'memory'\nurl = 'x'", "secondaries.a.url", "permitted"),

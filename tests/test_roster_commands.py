@@ -48,7 +48,7 @@ def test_a_secondary_is_added_by_one_command_and_taken_out_by_two(app: Path, dsn
     assert (again.document["status"], again.document["proof"]["primary_count"]) == ("live", 250)
     assert "copy is registered and live" in again.errors
 
-    drained = process("drain", "copy", "--dsn", dsn)
+    drained = process("drain", "copy", "--yes", "--dsn", dsn)
     assert (drained.status, drained.output.splitlines()[-1]) == (0, "copy has it all")
     assert status_of(dsn) == [("copy", "draining")]
     removed = outbox("remove", "copy", "--dsn", dsn)
@@ -67,7 +67,11 @@ async def test_what_is_owed_is_given_up_only_when_somebody_says_yes(
     assert refused.status == 2
     assert "still owed 3 deliveries" in refused.errors
     assert outbox("remove", "copy", "--discard", "--dry-run", "--dsn", dsn).output == "copy is owed 3 deliveries\n"
-    assert process("drain", "copy", "--no-wait", "--dsn", dsn).status == 0
+    monkeypatch.setattr(sys, "stdin", io.StringIO("no\n"))
+    drained = outbox("drain", "copy", "--no-wait", "--dsn", dsn)
+    assert (drained.status, "only `outbox add copy` brings it back" in drained.output) == (1, True)
+    assert status_of(dsn) == [("copy", "live")]
+    assert process("drain", "copy", "--no-wait", "--yes", "--dsn", dsn).status == 0
     monkeypatch.setattr(sys, "stdin", io.StringIO("no\n"))
     assert outbox("remove", "copy", "--discard", "--dsn", dsn).status == 1
     assert status_of(dsn) == [("copy", "draining")]
@@ -82,7 +86,7 @@ async def test_dead_keys_are_told_and_end_the_wait(primary: AsyncEngine, dsn: st
     await manager.register()
     await write(manager, "1", "2")
     await manager.relay().drain()
-    drained = process("drain", "copy", "--dsn", dsn)
+    drained = process("drain", "copy", "--yes", "--dsn", dsn)
     assert (drained.status, drained.output.splitlines()[-1]) == (1, "copy has all it was owed, but 2 dead keys")
 
 

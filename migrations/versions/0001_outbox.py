@@ -1,4 +1,4 @@
-"""The five tables of the outbox, and the view that answers how far behind each secondary is."""
+"""The tables of the outbox, and the view that answers how far behind each secondary is."""
 
 from __future__ import annotations
 
