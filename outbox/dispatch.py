@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Iterator, Sequence
+import math
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from datetime import timedelta
 from functools import partial
 from typing import TypeVar
@@ -26,12 +27,14 @@ __all__ = ["Dispatched", "answers", "dispatch", "highest_of"]
 _log = logging.getLogger("outbox.dispatch")
 
 _OPERATIONS = frozenset(Operation)
-_OUTCOMES = frozenset((Applied, Stale, Retry, Rejected))
+_OUTCOMES = (Applied, Stale, Retry, Rejected)
+_WITHOUT_A_WAIT = frozenset((Applied, Stale, Rejected))
 _UNKNOWN_OUTCOME = Retry("unknown_outcome", "the secondary's answer does not match the batch")
 # Written by a newer version: a newer relay will know it, so it must not die here.
 _UNKNOWN_OPERATION = Retry("unknown_operation", "this relay does not know the event's operation")
 _HUNG = Retry("timeout", "no answer within the attempt's deadline though the secondary is reachable")
 _CHECK_TIMEOUT = 2.0
+_LONGEST_WAIT = timedelta.max // timedelta(seconds=1)
 
 _Answer = TypeVar("_Answer")
 
@@ -74,18 +77,18 @@ async def dispatch(
 
 async def highest_of(secondary: Positioned, deadline: timedelta) -> int:
     """Return the highest position a secondary holds; raise `Unavailable` when it does not say so within `deadline`."""
-    return await _asked(secondary.highest_position(), deadline)
+    return await _asked(secondary.highest_position, deadline)
 
 
 async def answers(secondary: Checkable, deadline: timedelta) -> None:
     """Return when a secondary answers; raise `Unavailable` when it does not within `deadline`."""
-    await _asked(secondary.check(), deadline)
+    await _asked(secondary.check, deadline)
 
 
-async def _asked(question: Awaitable[_Answer], deadline: timedelta) -> _Answer:
+async def _asked(question: Callable[[], Awaitable[_Answer]], deadline: timedelta) -> _Answer:
     try:
         async with asyncio.timeout(deadline.total_seconds()):
-            return await question
+            return await _believed(question)
     except Unavailable:
         raise
     except TimeoutError:
@@ -94,6 +97,7 @@ async def _asked(question: Awaitable[_Answer], deadline: timedelta) -> _Answer:
         # As with a batch: neither its text nor its traceback's values, which may quote content.
         if _not_of_the_adapter(error):
             raise
+        _stop_if_cancelled()
         raise Unavailable("adapter_error", f"the adapter raised {type(error).__name__}") from None
 
 
@@ -134,44 +138,89 @@ async def _bisect(secondary: Secondary, results: list[Result | None], events: Ev
     if not chosen:
         return
     try:
-        outcomes = await secondary.apply([events[index] for index in chosen])
-    except Unavailable as error:
-        for index, outcome in zip(chosen, error.known, strict=False):
-            results[index] = outcome if isinstance(outcome, (Applied, Stale, Retry, Rejected)) else None
-        raise
-    except TimeoutError:
+        await _apply(secondary, results, events, chosen)
+    except (Unavailable, TimeoutError):
         raise
     except BaseException as error:
         # The one place that catches all: it turns it into an outcome. A panic of a Rust extension is no `Exception`.
         if _not_of_the_adapter(error):
             raise
+        _stop_if_cancelled()
         if len(chosen) == 1:
             results[chosen[0]] = _unexplained(secondary, error)
             return
         await _bisect(secondary, results, events, chosen[: len(chosen) // 2])
         await _bisect(secondary, results, events, chosen[len(chosen) // 2 :])
-        return
-    for index, outcome in zip(chosen, _trusted(outcomes, len(chosen)), strict=True):
+
+
+async def _apply(secondary: Secondary, results: list[Result | None], events: Events, chosen: Sequence[int]) -> None:
+    """Ask for a batch once, and note what became of its events as far as the secondary says so."""
+    _stop_if_cancelled()
+    try:
+        answer = await _believed(partial(secondary.apply, [events[index] for index in chosen]))
+    except Unavailable as error:
+        for index, known in zip(chosen, error.known, strict=False):
+            results[index] = _outcome(known)
+        _stop_if_cancelled()
+        raise
+    for index, outcome in zip(chosen, _trusted(answer, len(chosen)), strict=True):
         results[index] = outcome
 
 
 def _not_of_the_adapter(error: BaseException) -> bool:
     """Whether we are cancelled ourselves, or the process is told to end."""
     if isinstance(error, asyncio.CancelledError):
-        task = asyncio.current_task()
-        return task is not None and task.cancelling() > 0
+        return _cancelled()
     return isinstance(error, (KeyboardInterrupt, SystemExit, GeneratorExit))
 
 
-def _trusted(outcomes: object, expected: int) -> Sequence[Outcome]:
+def _stop_if_cancelled() -> None:
+    """Raise our cancellation, whatever an adapter made of it: a deadline fires once, and would not end another call."""
+    if _cancelled():
+        raise asyncio.CancelledError from None
+
+
+def _cancelled() -> bool:
+    task = asyncio.current_task()
+    return task is not None and task.cancelling() > 0
+
+
+async def _believed(ask: Callable[[], Awaitable[_Answer]]) -> _Answer:
+    """Ask an adapter; of an `Unavailable` keep what is of its type, as the rest would end the relay for everybody."""
+    try:
+        return await ask()
+    except Unavailable as error:
+        known = error.known if isinstance(error.known, (list, tuple)) else ()
+        raise Unavailable(error.code, error.problem, retry_after=_wait(error.retry_after), known=known) from None
+
+
+def _trusted(answer: object, expected: int) -> Sequence[Outcome]:
     """An answer of another length, or in other words, says nothing about anybody."""
-    if (
-        not isinstance(outcomes, (list, tuple))
-        or len(outcomes) != expected
-        or not _OUTCOMES.issuperset(map(type, outcomes))
-    ):
-        return [_UNKNOWN_OUTCOME] * expected
-    return outcomes
+    said = answer if isinstance(answer, (list, tuple)) else ()
+    if len(said) == expected and _WITHOUT_A_WAIT.issuperset(map(type, said)):
+        # Nearly always, and for every event: one look in C.
+        return said
+    outcomes = [outcome for each in said if (outcome := _outcome(each)) is not None]
+    if len(outcomes) == len(said) == expected:
+        return outcomes
+    return [_UNKNOWN_OUTCOME] * expected
+
+
+def _outcome(said: object) -> Outcome | None:
+    """Return an outcome with a wait that is one, None for any other word."""
+    if type(said) is Retry:
+        return Retry(said.code, said.problem, _wait(said.after))
+    return said if isinstance(said, _OUTCOMES) and type(said) in _OUTCOMES else None
+
+
+def _wait(asked: object) -> timedelta | None:
+    """Return the wait that was asked for.
+
+    A number is seconds, since HTTP's Retry-After is; a negative or endless one, and anything else, asks for nothing.
+    """
+    if isinstance(asked, (int, float)) and 0 <= asked < math.inf:
+        return timedelta(seconds=min(asked, _LONGEST_WAIT))
+    return asked if isinstance(asked, timedelta) else None
 
 
 def _unexplained(secondary: Secondary, error: BaseException) -> Retry:
@@ -191,6 +240,7 @@ async def _after_timeout(secondary: Secondary, results: list[Result | None]) -> 
             # However it fails to answer, it is not there.
             if _not_of_the_adapter(error):
                 raise
+            _stop_if_cancelled()
             _log.info("secondary %s does not answer a check (%s)", secondary.backend_id, type(error).__name__)
         else:
             return Dispatched(_filled(results, _HUNG))

@@ -22,7 +22,18 @@ from outbox.primary import PRIMARY_FAILED
 from outbox.settings import SyncConfig
 from outbox.statement import check_identifier
 
-__all__ = ["Tables", "Unreached", "manager_for", "manager_of", "named", "place_of", "reached", "tables_of", "using"]
+__all__ = [
+    "Named",
+    "Tables",
+    "Unreached",
+    "manager_for",
+    "manager_of",
+    "named",
+    "place_of",
+    "reached",
+    "tables_of",
+    "using",
+]
 
 _REFUSALS = {
     "25006": "only reads, as a standby does: give the primary's address",

@@ -30,7 +30,7 @@ from outbox.event import SyncEvent
 from outbox.secondaries.base import Applied, Outcome, ResourceDigest, Retry, Stale
 from outbox.secondaries.reading import digest_of
 from outbox.secondaries.valkey_failure import code_of
-from outbox.secondaries.valkey_script import APPLY, APPLY_SHA, HIGHEST, RAISE, values_of
+from outbox.secondaries.valkey_script import APPLY, APPLY_SHA, HIGHEST, RAISE, position_of, values_of
 
 __all__ = ["ValkeySecondary"]
 
@@ -94,10 +94,10 @@ class ValkeySecondary:
         """Yield the live resources in id order, with two round trips for every 200 of them."""
         index = self._key(tenant_id, resource_type)
         lowest = b"-" if after is None else b"(" + after.encode()
-        while ids := await self._ids(index, lowest):
-            for seen in await self._digests(tenant_id, resource_type, ids):
+        while members := await self._members(index, lowest):
+            for seen in await self._digests(tenant_id, resource_type, list(_ids(members))):
                 yield seen
-            lowest = b"(" + ids[-1].encode()
+            lowest = b"(" + members[-1]
 
     async def find(self, tenant_id: str, resource_type: str, resource_ids: Sequence[str]) -> Sequence[ResourceDigest]:
         """Return those of the resources that are live and in the index, with two round trips for every 200 of them."""
@@ -127,7 +127,8 @@ class ValkeySecondary:
         """
         async with self._working():
             position, walked = await self._execute("HMGET", self._highest, "position", "walked", **_BYTES)
-        return int(position or 0) if walked else await self._walk_to_the_highest()
+        highest = position_of(position)
+        return highest if walked and (highest or position is None) else await self._walk_to_the_highest()
 
     async def content_of(self, resource_type: str, resource_id: str, *, tenant_id: str = "default") -> str | None:
         """Return the JSON text held for a resource; None when it is absent or deleted."""
@@ -168,11 +169,10 @@ class ValkeySecondary:
             return [_UNKNOWN] * len(events)
         return [_ANSWERS.get(answer, _UNKNOWN) if isinstance(answer, int) else _UNKNOWN for answer in applied]
 
-    async def _ids(self, index: bytes, lowest: bytes) -> list[str]:
+    async def _members(self, index: bytes, lowest: bytes) -> list[bytes]:
         command = ("ZRANGEBYLEX", index, lowest, b"+", "LIMIT", 0, _PAGE)
         async with self._working():
-            found = await self._execute(*command, **_BYTES)
-        return [resource_id.decode() for resource_id in found]
+            return list(await self._execute(*command, **_BYTES))
 
     async def _listed(self, index: bytes, ids: Sequence[str]) -> list[str]:
         """Return those of the ids that are in the index, and so in a listing."""
@@ -214,7 +214,7 @@ class ValkeySecondary:
         # Who may only read walks each time.
         with suppress(Unavailable):
             async with self._working():
-                highest = int(await self._execute("EVAL", RAISE, 1, self._highest, highest, **_BYTES) or 0)
+                highest = int(await self._execute("EVAL", RAISE, 1, self._highest, highest, **_BYTES))
         return highest
 
     def _scope(self, key: bytes) -> tuple[str, str] | None:
@@ -247,6 +247,13 @@ def _parts(batch: Sequence[SyncEvent]) -> Iterator[list[SyncEvent]]:
         yield part
 
 
+def _ids(members: Sequence[bytes]) -> Iterator[str]:
+    """Yield what can be a resource's id: the rest is another hand's, and no event could name it."""
+    for member in members:
+        with suppress(UnicodeDecodeError):
+            yield member.decode()
+
+
 def _fields_of(answer: Any) -> tuple[bytes | None, bytes | None]:
     if not isinstance(answer, Exception):
         position, content = answer
@@ -259,7 +266,12 @@ def _fields_of(answer: Any) -> tuple[bytes | None, bytes | None]:
 def _digests(ids: Sequence[str], fields: Sequence[tuple[bytes | None, bytes | None]]) -> list[ResourceDigest]:
     """Leave out what was deleted since the ids were read."""
     return [
-        ResourceDigest(resource_id, int(position), digest_of(content))
+        _digest(resource_id, position_of(position), content)
         for resource_id, (position, content) in zip(ids, fields, strict=True)
         if position is not None and content is not None
     ]
+
+
+def _digest(resource_id: str, position: int, content: bytes) -> ResourceDigest:
+    # Whoever broke the position may have changed more, and only an event puts a position there again.
+    return ResourceDigest(resource_id, position, digest_of(content) if position else "")

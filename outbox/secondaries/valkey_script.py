@@ -3,23 +3,31 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Iterator
 
 from outbox.event import SyncEvent
 
-__all__ = ["APPLY", "APPLY_SHA", "HIGHEST", "RAISE", "values_of"]
+__all__ = ["APPLY", "APPLY_SHA", "HIGHEST", "RAISE", "position_of", "values_of"]
 
-# Lua's numbers are doubles, so positions are compared as text: the longer is the higher.
-_ABOVE = b"""
+# Lua's numbers are doubles, so positions are compared as text: the longer is the higher. What no primary can have given
+# is another hand's: taken for a position, a word would be above all that the primary ever gives.
+_POSITIONS = b"""
 local function above(one, other) return #one > #other or (#one == #other and one > other) end
+local function given(held)
+  local sound = held and held:match('^[1-9]%d*$') and not above(held, '9223372036854775807')
+  return sound and held or '0'
+end
 """
+_POSITION = re.compile(rb"[1-9][0-9]{0,18}")
+_HIGHEST_EVER = 9223372036854775807
 
 # A full server stops a script before it has written anything or not at all, so the highest position is written last:
 # a delete, which a full server takes, must not be refused for it. Were it stopped later, every event up to there still
 # stands whole. A key of another kind in an event's way is found before anything of the event is written, and is that
 # event's trouble alone.
 APPLY = (
-    _ABOVE
+    _POSITIONS
     + b"""
 local function keep(resource, field, value)
   if value == '' then redis.call('HDEL', resource, field) else redis.call('HSET', resource, field, value) end
@@ -30,13 +38,13 @@ local function list(index, id, content)
   if content == '' then return redis.pcall('ZREM', index, id) else return redis.pcall('ZADD', index, 0, id) end
 end
 local outcomes = {}
-local before = redis.call('HGET', KEYS[1], 'position') or '0'
+local before = given(redis.call('HGET', KEYS[1], 'position'))
 local highest = before
 for n = 1, (#KEYS - 1) / 2 do
   local resource, index = KEYS[2 * n], KEYS[2 * n + 1]
   local id, position, content, version, fhir_version = unpack(ARGV, 5 * n - 3, 5 * n + 1)
   local held = redis.pcall('HGET', resource, 'position')
-  local fresh = not failed(held) and not (held and not above(position, held))
+  local fresh = not failed(held) and above(position, given(held))
   local listed = fresh and list(index, id, content)
   if foreign(held) or foreign(listed) then
     outcomes[n] = -1
@@ -61,12 +69,12 @@ return outcomes
 APPLY_SHA = hashlib.sha1(APPLY, usedforsecurity=False).hexdigest()
 
 HIGHEST = (
-    _ABOVE
+    _POSITIONS
     + b"""
 local highest = '0'
 for _, resource in ipairs(KEYS) do
-  local position = redis.call('HGET', resource, 'position')
-  if position and position:match('^%d+$') and above(position, highest) then highest = position end
+  local position = given(redis.call('HGET', resource, 'position'))
+  if above(position, highest) then highest = position end
 end
 return highest
 """
@@ -74,13 +82,13 @@ return highest
 
 # `walked` says that nothing was written before the highest position was kept, or that it was looked at.
 RAISE = (
-    _ABOVE
+    _POSITIONS
     + b"""
-if above(ARGV[1], redis.call('HGET', KEYS[1], 'position') or '0') then
+if above(ARGV[1], given(redis.call('HGET', KEYS[1], 'position'))) then
   redis.call('HSET', KEYS[1], 'position', ARGV[1])
 end
 redis.call('HSET', KEYS[1], 'walked', 1)
-return redis.call('HGET', KEYS[1], 'position')
+return given(redis.call('HGET', KEYS[1], 'position'))
 """
 )
 
@@ -93,3 +101,9 @@ def values_of(event: SyncEvent) -> Iterator[bytes]:
     # Empty stands for absent: none of the three can be empty text.
     for value in (event.content, event.version, event.fhir_version):
         yield (value or "").encode()
+
+
+def position_of(held: bytes | None) -> int:
+    """Return the position in a field, as the scripts take it: 0 for what no primary can have given."""
+    position = int(held) if held and _POSITION.fullmatch(held) else 0
+    return position if position <= _HIGHEST_EVER else 0

@@ -11,13 +11,16 @@ from uuid import uuid4
 
 import pytest
 from redis.asyncio import Redis
+from sqlalchemy.ext.asyncio import AsyncEngine
 
 from outbox.errors import SettingsError, Unavailable
+from outbox.event import SyncEvent
 from outbox.secondaries.base import Applied, ResourceDigest, Stale
 from outbox.secondaries.valkey import ValkeySecondary
 from outbox.testing.contract import SecondaryContract
 from outbox.testing.servers import ValkeyServer
 from outbox.testing.states import CONTENTS, held, remove, seen, write
+from tests.comparing import World, said
 
 
 class TestValkey(SecondaryContract):
@@ -148,6 +151,66 @@ async def test_content_that_is_no_json_equals_nothing_and_spoils_no_listing(cach
     await client.hset("cache:acme:Patient:b", "content", b"{\xff")
     assert await seen(cache) == [held(batch)[0], ResourceDigest("b", 2, ""), held(batch)[2]]
     assert await cache.find("acme", "Patient", ["b"]) == [ResourceDigest("b", 2, "")]
+
+
+# A word of any length, what only Python takes for a number, and what is higher than any position can be.
+NO_POSITIONS = ["x", "", "no position at all", "-1", " 7", "7_0", "007", "7.5", str(2**63), "9" * 5_000]
+
+
+@pytest.mark.parametrize("odd", NO_POSITIONS, ids=lambda odd: odd[:20])
+@pytest.mark.parametrize("repair", [write("b", 4), remove("b", 4)], ids=["written", "deleted"])
+async def test_a_position_that_is_none_spoils_no_listing_and_is_overwritten(
+    cache: ValkeySecondary, client: Redis, odd: str, repair: SyncEvent
+):
+    """R5: it equals nothing, so reconcile repairs it, and the script does not take it for a newer state."""
+    await cache.apply(batch := [write("a", 1), write("b", 2), write("c", 3)])
+    await client.hset("cache:acme:Patient:b", "position", odd)
+    damaged = ResourceDigest("b", 0, "")
+    assert await seen(cache) == [held(batch)[0], damaged, held(batch)[2]]
+    assert await cache.find("acme", "Patient", ["b"]) == [damaged]
+    assert list(await cache.apply([repair])) == [Applied()]
+    assert await seen(cache) == held([event for event in (batch[0], repair, batch[2]) if event.content])
+    assert list(await cache.apply([repair])) == [Stale()]
+
+
+async def test_a_position_that_is_none_is_found_and_repaired(
+    primary: AsyncEngine, cache: ValkeySecondary, client: Redis
+):
+    """R5: by the events of reconcile, whatever its content; what the primary has not is removed."""
+    world = await World(primary, cache).open()
+    await world.write(["1", "2", "3"])
+    await world.relay()
+    for name in ("2", "extra"):
+        await client.hset(f"cache:north:Note:{name}", mapping={"position": "no position", "content": said("first")})
+        await client.zadd("cache:north:Note", {name: 0})
+    await client.zadd("cache:north:Note", {b"2\xff": 0})
+    found = await world.reconcile(repair=True, most_deletes=0.5)
+    assert (found.altered + found.stale, found.extra, found.repaired) == (1, 1, 2)
+    await world.relay()
+    assert (await world.reconcile()).in_sync
+    assert await client.hget("cache:north:Note:2", "position") == b"4"
+
+
+@pytest.mark.parametrize("odd", NO_POSITIONS, ids=lambda odd: odd[:20])
+async def test_a_highest_position_that_is_none_is_looked_for_again(cache: ValkeySecondary, client: Redis, odd: str):
+    """C4: what another hand put in its place withholds nothing from a secondary for ever."""
+    assert await cache.highest_position() == 0
+    await client.hset("cache:%highest", "position", odd)
+    assert await cache.highest_position() == 0
+    await cache.apply([write("p", 3)])
+    assert await cache.highest_position() == 3
+    await client.hset("cache:%highest", "position", odd)
+    await client.hset("cache:acme:Patient:q", "position", odd)
+    assert await cache.highest_position() == 3
+    assert await client.hget("cache:%highest", "position") == b"3"
+
+
+async def test_a_member_that_is_no_id_is_nobody_s_and_ends_no_listing(cache: ValkeySecondary, client: Redis):
+    """R5: no event could name it; a page of nothing else is not the last one."""
+    await cache.apply(batch := [write("a", 1), write("\U0010ffff", 2)])
+    await client.zadd("cache:acme:Patient", {b"b\xff%d" % number: 0 for number in range(450)})
+    assert await seen(cache) == held(batch)
+    assert await cache.find("acme", "Patient", ["a"]) == held(batch[:1])
 
 
 async def test_scopes_are_those_of_the_prefix_also_where_another_hand_wrote(cache: ValkeySecondary, client: Redis):
