@@ -34,6 +34,7 @@ _UNKNOWN_OUTCOME = Retry("unknown_outcome", "the secondary's answer does not mat
 _UNKNOWN_OPERATION = Retry("unknown_operation", "this relay does not know the event's operation")
 _HUNG = Retry("timeout", "no answer within the attempt's deadline though the secondary is reachable")
 _CHECK_TIMEOUT = 2.0
+_LARGEST = 2**63 - 1
 _LONGEST_WAIT = timedelta.max // timedelta(seconds=1)
 
 _Answer = TypeVar("_Answer")
@@ -77,7 +78,10 @@ async def dispatch(
 
 async def highest_of(secondary: Positioned, deadline: timedelta) -> int:
     """Return the highest position a secondary holds; raise `Unavailable` when it does not say so within `deadline`."""
-    return await _asked(secondary.highest_position, deadline)
+    highest: object = await _asked(secondary.highest_position, deadline)
+    if isinstance(highest, int) and 0 <= highest <= _LARGEST:
+        return highest
+    raise Unavailable("no_position", "what it says is its highest position is none")
 
 
 async def answers(secondary: Checkable, deadline: timedelta) -> None:

@@ -83,6 +83,18 @@ async def _wait_of_one_that_is_asked(away: Unavailable) -> timedelta | None:
     return caught.value.retry_after
 
 
+@pytest.mark.parametrize("said", [None, "7", 7.0, -1, 2**63])
+async def test_a_highest_position_that_is_none_says_nothing(said: Any) -> None:
+    """Promise 7: it would be compared with the primary's, and asked of it."""
+
+    class Odd(ScriptedSecondary):
+        async def highest_position(self) -> int:
+            return said
+
+    with pytest.raises(Unavailable, match="no_position"):
+        await highest_of(Odd(), timedelta(seconds=1))
+
+
 @pytest.mark.parametrize("known", [None, 3, "ok", {0: Applied()}, iter([Applied()]), [Applied, "ok"]])
 async def test_what_was_known_in_other_words_is_not_known(known: Any) -> None:
     """Promise 7: the secondary is away all the same."""
