@@ -147,7 +147,7 @@ class Comparison:
                 yield step
 
     async def _merged(
-        self, ours: AsyncIterator[tuple[str, str]], after: str | None, through: str | None
+        self, ours: AsyncIterator[tuple[str, str | None]], after: str | None, through: str | None
     ) -> AsyncIterator[tuple[str, bool]]:
         """Walk two listings of a range side by side; what is on one side only differs too."""
         async with closed(ours), closed(self._theirs(after, through)) as theirs:
@@ -167,7 +167,7 @@ class Comparison:
                     yield left[0], left[1] != right.digest
                     left, right = await anext(ours, None), await anext(theirs, None)
 
-    async def _ours(self, after: str | None, through: str | None) -> AsyncIterator[tuple[str, str]]:
+    async def _ours(self, after: str | None, through: str | None) -> AsyncIterator[tuple[str, str | None]]:
         async with closed(self._source.pages(*self._key, after, through)) as pages:
             async for page in pages:
                 self.listed += len(page)
@@ -187,7 +187,7 @@ class Comparison:
         self.secondary_count += summary.count
 
 
-async def _each(page: Sequence[PrimaryRow]) -> AsyncIterator[tuple[str, str]]:
+async def _each(page: Sequence[PrimaryRow]) -> AsyncIterator[tuple[str, str | None]]:
     """Yield ids and digests; digests of large contents take long enough to keep a relay's loop from its heartbeats."""
     for found in await asyncio.to_thread(lambda: [(row.resource_id, row.digest) for row in page]):
         yield found

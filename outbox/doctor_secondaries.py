@@ -32,6 +32,7 @@ _TOLD = {
     "relay": ("silence", "a relay looks after all", "start one: outbox relay; if one runs, look at its log"),
     "breaker": ("breaker", "every breaker is closed", "mend the secondary; the relay finds that out by itself"),
     "attempts": ("attempts", "the latest attempts went well", "look at `outbox failures` and the relay's log"),
+    "drift": ("drift", "nothing differed when last compared", "outbox reconcile NAME, then the same with --repair"),
     "dead": ("dead", "no key is dead", "mend the cause, then outbox failures redrive"),
     "lag": ("lag", "nobody is further behind than allowed", "more relays, or a faster secondary"),
     "pending": ("pending", "no more is owed than allowed", "more relays, a larger batch_size, or a faster secondary"),
@@ -112,14 +113,23 @@ def _told(name: str) -> Check:
 
     async def check(case: Case) -> Sequence[Finding]:
         found = await statuses(case.engine, case.config)
-        reasons = [f"{each.backend_id}: {reason}" for each in found for reason in _about(word, each)]
-        return [Finding(name, Verdict.WRONG, reason, advice) for reason in reasons] or found_ok(name, well)
+        said = [
+            Finding(name, _gravity(each), f"{each.backend_id}: {reason}", advice)
+            for each in found
+            for reason in _about(word, each)
+        ]
+        return said or found_ok(name, well)
 
     return check
 
 
 def _about(word: str, status: BackendSyncStatus) -> list[str]:
     return [reason for reason in status.reasons if reason.startswith(word)]
+
+
+def _gravity(status: BackendSyncStatus) -> Verdict:
+    # Nobody relies on a shadow yet.
+    return Verdict.WARNING if status.status == "shadow" else Verdict.WRONG
 
 
 async def _paused(case: Case) -> Sequence[Finding]:

@@ -253,7 +253,9 @@ _Held = dict[str, tuple[bool, ResourceDigest | None]]
 
 
 def _equal(mine: PrimaryRow | None, seen: ResourceDigest | None) -> bool:
-    return (None if mine is None else mine.digest) == (None if seen is None else seen.digest)
+    if mine is None or seen is None:
+        return mine is None and seen is None
+    return mine.digest == seen.digest
 
 
 def _kind(here: bool, seen: ResourceDigest | None, since: int | None) -> _Kind:

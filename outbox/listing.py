@@ -12,47 +12,37 @@ import asyncio
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable, Sequence
 from contextlib import asynccontextmanager
 from typing import Any, TypeVar
-from urllib.parse import unquote
-from uuid import UUID
 
 import msgspec
-from sqlalchemy import (
-    BigInteger,
-    ColumnElement,
-    Integer,
-    Select,
-    SmallInteger,
-    String,
-    Text,
-    Uuid,
-    cast,
-    false,
-    inspect,
-    select,
-    text,
-    tuple_,
-)
+from sqlalchemy import Select, Text, cast, func, literal_column, select, text
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession
 from sqlalchemy.ext.compiler import compiles
 from sqlalchemy.orm import QueryableAttribute, Session
 from sqlalchemy.sql.compiler import SQLCompiler
 from sqlalchemy.sql.elements import ClauseElement
 from sqlalchemy.sql.expression import Executable
-from sqlalchemy.types import TypeEngine
 
-from outbox.capture import Tracked, identity_of
-from outbox.content import content_digest, fingerprint
+from outbox.capture import Tracked
+from outbox.content import fingerprint
+from outbox.errors import InvalidEvent
+from outbox.narrowing import holding, of_tenant, tells_tenants
+from outbox.secondaries.reading import digest_of
 from outbox.statement import Statement
 
-__all__ = ["SORTS_BY_BYTES", "Listing", "PrimaryRow", "closed", "identified", "of_tenant", "rows_of", "sorts_by_bytes"]
+__all__ = ["SORTS_BY_BYTES", "Listing", "PrimaryRow", "closed", "rows_of", "sorts_by_bytes"]
 
-# The builtin provider sorts by code point in all its locales, which for UTF-8 is the order of the bytes.
+# The builtin provider sorts by code point in all its locales, which for UTF-8 is the order of the bytes. A null sorts
+# behind everything, and not where the text does that it is called; a promise that was not validated rules out none.
 SORTS_BY_BYTES = Statement("""
 select case sorting.collname
            when 'default' then database.datlocprovider = 'b' or database.datcollate in ('C', 'POSIX')
                                and database.datlocprovider = 'c'
            else sorting.collprovider = 'b' or sorting.collcollate in ('C', 'POSIX') and sorting.collprovider = 'c'
-       end and kind.typname in ('text', 'varchar')
+       end and kind.typname in ('text', 'varchar') and attribute.attnotnull and not exists (
+           select from pg_constraint as promise
+           where promise.conrelid = attribute.attrelid and attribute.attnum = any (promise.conkey)
+             and promise.contype = 'n' and not promise.convalidated
+       )
 from pg_attribute as attribute
 join pg_type as kind on kind.oid = attribute.atttypid
 join pg_collation as sorting on sorting.oid = attribute.attcollation
@@ -80,20 +70,20 @@ async def closed(listing: AsyncIterator[_T]) -> AsyncIterator[AsyncIterator[_T]]
 
 
 class PrimaryRow(msgspec.Struct, frozen=True):
-    """One resource as the primary holds it now, with the JSON text that an event of it would carry."""
+    """One resource as the primary holds it now, with the JSON text that an event of it would carry, if one can."""
 
     resource_id: str
-    content: str
+    content: str | None
 
     @property
-    def digest(self) -> str:
-        """The digest of the canonical form."""
-        return content_digest(self.content)
+    def digest(self) -> str | None:
+        """The digest of the canonical form; None, which no secondary's is, where there is none."""
+        return None if self.content is None else digest_of(self.content) or None
 
     @property
     def fingerprint(self) -> int:
-        """What the row adds to the summary of its range."""
-        return fingerprint(self.resource_id, self.content)
+        """What the row adds to the summary of its range: as in SQL nothing, where there is no text."""
+        return 0 if self.content is None else fingerprint(self.resource_id, self.content)
 
 
 class Listing:
@@ -107,9 +97,11 @@ class Listing:
         self._tenant_id = tenant_id
         self._is_of = is_of
         self._page = page
+        self._tenant_values: list[Any] | None = None
 
     async def pages(self, after: str | None = None, through: str | None = None) -> AsyncIterator[list[PrimaryRow]]:
         """Yield what lies above `after` and up to `through`, in bounded pages."""
+        self._tenant_values = await self._find_tenant()
         column = self._tracked.resource_id_column
         if column is None:
             pages = self._sorted_here()
@@ -136,15 +128,16 @@ class Listing:
             last = self._tracked.resource_id(rows[-1])
 
     async def _sorted_there(self, column: QueryableAttribute[Any]) -> AsyncIterator[list[PrimaryRow]]:
-        keys = of_tenant(select(column), self._tracked, self._tenant_id).order_by(cast(column, Text).collate("C"))
-        fetch = text(f"fetch forward {self._page} from outbox_keys")
+        name = func.coalesce(cast(column, Text), str(None))
+        keys = self._of_tenant(select(column)).order_by(name.collate("C"))
+        fetch = text(f"fetch forward {self._page} from outbox_keys").columns(literal_column("id", column.type))
         async with self._engine.connect() as connection:
             await connection.execute(_Held(keys))
             await connection.commit()
             try:
                 while found := (await connection.scalars(fetch)).all():
                     await connection.commit()
-                    _, page = await self._read(self._rows().where(column.in_(found)))
+                    _, page = await self._read(self._rows().where(holding(column, found)))
                     yield _by_bytes(page)
             finally:
                 if not connection.invalidated:
@@ -160,8 +153,20 @@ class Listing:
         for start in range(0, len(found), self._page):
             yield found[start : start + self._page]
 
+    async def _find_tenant(self) -> list[Any] | None:
+        """Return what the tenant's column holds of it, where its text does not tell; None where it does."""
+        column = self._tracked.tenant_column
+        if not isinstance(column, QueryableAttribute) or tells_tenants(self._tracked):
+            return None
+        async with AsyncSession(self._engine) as session:
+            found = await session.scalars(select(column).distinct())
+            return [value for value in found if str(value) == self._tenant_id]
+
+    def _of_tenant(self, statement: Select[Any]) -> Select[Any]:
+        return of_tenant(statement, self._tracked, self._tenant_id, self._tenant_values)
+
     def _rows(self) -> Select[Any]:
-        return of_tenant(select(self._tracked.entity), self._tracked, self._tenant_id)
+        return self._of_tenant(select(self._tracked.entity))
 
     def _resources(self, objects: Iterable[Any]) -> list[PrimaryRow]:
         return rows_of(self._tracked, self._tenant_id, [each for each in objects if self._is_of(self._tracked, each)])
@@ -180,43 +185,27 @@ class Listing:
         return [row for page in pages for row in self._resources(page)]
 
 
-def of_tenant(statement: Select[Any], tracked: Tracked, tenant_id: str) -> Select[Any]:
-    """Narrow a statement to a tenant, where a column or a constant says which it is."""
-    column = tracked.tenant_column
-    if isinstance(column, str):
-        return statement if column == tenant_id else statement.where(false())
-    return statement if column is None else statement.where(column == tenant_id)
-
-
 def rows_of(tracked: Tracked, tenant_id: str, objects: Iterable[Any]) -> list[PrimaryRow]:
     """Return the resources that objects are; those of other tenants are left out."""
     return [
-        PrimaryRow(tracked.resource_id(each), tracked.text(each))
+        PrimaryRow(tracked.resource_id(each), _text(tracked, each))
         for each in objects
         if tracked.tenant(each) == tenant_id
     ]
 
 
-def identified(tracked: Tracked, resource_ids: Sequence[str]) -> ColumnElement[bool] | None:
-    """Return the condition that finds resources by id along an index; None where only the objects can tell."""
-    column = tracked.resource_id_column
-    if column is not None:
-        read = _reader(column.type)
-        return (
-            None if read is None else column.in_([value for name in resource_ids if (value := read(name)) is not None])
-        )
-    if tracked.resource_id is not identity_of:
+def _text(tracked: Tracked, row: Any) -> str | None:
+    """Return the text that an event of a row carries; None for what is no Unicode, no JSON, or no object."""
+    try:
+        content = tracked.text(row)
+        content.encode()
+    except (InvalidEvent, UnicodeEncodeError):
         return None
-    columns = inspect(tracked.entity).primary_key
-    readers = [_reader(column.type) for column in columns]
-    if None in readers:
-        return None
-    keys = [_parts(name, readers) for name in resource_ids]
-    return tuple_(*columns).in_([key for key in keys if key is not None])
+    return content if content.lstrip().startswith("{") else None
 
 
 async def sorts_by_bytes(engine: AsyncEngine, column: QueryableAttribute[Any]) -> bool:
-    """Whether the index of a text column is in the order of the UTF-8 bytes."""
+    """Whether the index of a text column is in the order of the UTF-8 bytes of what its values are called."""
     stored = column.property.columns[0]
     table = engine.dialect.identifier_preparer.format_table(stored.table)
     async with engine.connect() as connection:
@@ -236,39 +225,6 @@ class _Held(Executable, ClauseElement):
 @compiles(_Held)
 def _declared(element: _Held, compiler: SQLCompiler, **options: Any) -> str:
     return f"declare outbox_keys cursor with hold for {compiler.process(element.query, **options)}"
-
-
-def _reader(kind: TypeEngine[Any]) -> Callable[[str], Any] | None:
-    """Return what turns an id's text back into the column's value, and into None what is no such text."""
-    if isinstance(kind, Integer):
-        bits = 63 if isinstance(kind, BigInteger) else 15 if isinstance(kind, SmallInteger) else 31
-        return lambda name: _number(name, bits)
-    if isinstance(kind, Uuid) and kind.as_uuid:
-        return _uuid
-    return str if isinstance(kind, String) else None
-
-
-def _number(name: str, bits: int) -> int | None:
-    if not name.removeprefix("-").isascii() or not name.removeprefix("-").isdecimal() or len(name) > 20:
-        return None
-    number = int(name)
-    return number if str(number) == name and -(2**bits) <= number < 2**bits else None
-
-
-def _uuid(name: str) -> UUID | None:
-    try:
-        found = UUID(name)
-    except ValueError:
-        return None
-    return found if str(found) == name else None
-
-
-def _parts(name: str, readers: Sequence[Callable[[str], Any] | None]) -> tuple[Any, ...] | None:
-    parts = [unquote(part) for part in name.split("/")]
-    if len(parts) != len(readers):
-        return None
-    values = tuple(read(part) for read, part in zip(readers, parts, strict=True) if read is not None)
-    return None if None in values else values
 
 
 def _within(row: PrimaryRow, after: str | None, through: str | None) -> bool:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import msgspec
-from sqlalchemy import ColumnElement, Enum, Select, String, Text, cast, func, inspect, literal, or_, select, tuple_
+from sqlalchemy import ColumnElement, Enum, Select, String, Text, cast, func, inspect, literal, select, tuple_
 from sqlalchemy.dialects.postgresql import CITEXT
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession
 from sqlalchemy.orm import QueryableAttribute, Session, lazyload
@@ -20,6 +20,7 @@ from sqlalchemy.orm import QueryableAttribute, Session, lazyload
 from outbox.capture import Tracked, Tracking
 from outbox.errors import InvalidEvent
 from outbox.event import Operation, SyncEvent
+from outbox.narrowing import holding
 
 __all__ = ["Extent", "Key", "Taken", "extents"]
 
@@ -81,7 +82,7 @@ class Extent:
         if self.tenant_values is not None:
             column = self.tracked.tenant_column
             assert isinstance(column, QueryableAttribute)
-            statement = statement.where(or_(*(column.is_not_distinct_from(value) for value in self.tenant_values)))
+            statement = statement.where(holding(column, self.tenant_values))
         if after is not None:
             statement = statement.where(_key_of(self.tracked) > _value(self.tracked, after))
         return statement.order_by(*_columns(self.tracked))

@@ -18,8 +18,8 @@ from sqlalchemy import text
 from sqlalchemy.ext.asyncio import AsyncEngine
 
 from outbox.capture import Tracking
-from outbox.errors import OutboxError, Unavailable
-from outbox.primary import PRIMARY_FAILED, code_of
+from outbox.errors import Unavailable
+from outbox.primary import code_of
 from outbox.reconcile import SyncReconciler
 from outbox.reconciliation import ReconciliationResult, Standing, Terms
 from outbox.register import Registration
@@ -94,25 +94,29 @@ class Proof:
 
     async def prove_if_due(self, registration: Registration) -> None:
         """Compare one secondary if it is due and nobody else does; whatever is in the way is told, and comes again."""
-        backend_id = registration.backend_id
-        fields: dict[str, object] = {"outbox_backend_id": backend_id}
-        try:
-            standing = await self._begin(backend_id)
-            if standing is not None:
-                found = await self.prove(registration, _parsed(standing))
-                self._tell(found, fields)
-        except Unavailable as error:
-            _log.info("%s: not compared, as it is unavailable (%s)", backend_id, error.code, extra=fields)
-        except PRIMARY_FAILED as error:
-            _log.warning("%s: comparing failed (%s)", backend_id, code_of(error), extra=fields)
-        except OutboxError as error:
-            _log.warning("%s: comparing failed (%s)", backend_id, type(error).__name__, extra=fields)
+        # In a task of its own what an adapter raises, a cancellation or a panic too, is no cancellation of ours.
+        [failed] = await asyncio.gather(self._prove_if_due(registration), return_exceptions=True)
+        if failed is not None:
+            self._tell_failure(registration.backend_id, failed)
 
-    def _tell(self, found: ReconciliationResult, fields: dict[str, object]) -> None:
+    async def _prove_if_due(self, registration: Registration) -> None:
+        standing = await self._begin(registration.backend_id)
+        if standing is not None:
+            self._tell(await self.prove(registration, _parsed(standing)))
+
+    def _tell(self, found: ReconciliationResult) -> None:
         level = logging.INFO if found.in_sync else logging.WARNING
         words = "%s: compared %d resources: %d missing, %d extra, %d stale, %d altered"
         counts = (found.primary_count, found.missing, found.extra, found.stale, found.altered)
-        _log.log(level, words, found.backend_id, *counts, extra=fields)
+        _log.log(level, words, found.backend_id, *counts, extra={"outbox_backend_id": found.backend_id})
+
+    def _tell_failure(self, backend_id: str, error: BaseException) -> None:
+        """Tell what an error is, and neither its text nor its traceback's values, which may quote content."""
+        fields = {"outbox_backend_id": backend_id}
+        if isinstance(error, Unavailable):
+            _log.info("%s: not compared, as it is unavailable (%s)", backend_id, error.code, extra=fields)
+        else:
+            _log.warning("%s: comparing failed (%s)", backend_id, code_of(error), extra=fields)
 
     async def _begin(self, backend_id: str) -> str | None:
         """Return where to go on, as text, empty for the beginning; None when it is not due."""

@@ -115,6 +115,8 @@ class SyncReconciler:
             removable.append((scope, await self._reconcile(scope, after, result, started, repair=repair)))
         if repair:
             await self._remove(removable, result)
+        if result.uncarried:
+            _log.warning("%s: %d of what differs no event can carry", result.backend_id, result.uncarried)
         result.duration = timedelta(seconds=time.monotonic() - started)
         await self._note(result, {"tenant_id": tenant_id, "resource_type": resource_type, "repair": repair})
         return result
@@ -157,7 +159,9 @@ class SyncReconciler:
         if not repair:
             return []
         others = [drift.resource_id for drift in verdict.drifts if drift.kind != "extra"]
-        result.repaired += await self._repairer.restore(*scope, others)
+        repairer = self._repairer
+        result.repaired += await repairer.restore(*scope, others)
+        result.uncarried += repairer.uncarried
         # Beyond that nothing is removed, and what cannot be is not kept.
         if result.extra > self._terms.most_deleted:
             return []
@@ -172,8 +176,10 @@ class SyncReconciler:
         if not self._are_few(extras, result.secondary_count) or result.extra > self._terms.most_deleted:
             result.refused += extras
             return
+        repairer = self._repairer
         for scope, names in removable:
-            result.repaired += await self._repairer.remove(*scope, names)
+            result.repaired += await repairer.remove(*scope, names)
+        result.uncarried += repairer.uncarried
 
     def _are_few(self, extras: int, held: int) -> bool:
         return extras <= min(max(10, held * self._terms.most_deletes), self._terms.most_deleted)

@@ -79,7 +79,9 @@ def _show(result: ReconciliationResult, left: int) -> None:
         )
     if result.refused:
         typer.echo(f"left {result.refused:,} extra alone: too many to be deleted without asking (--most-deletes)")
-    elif left > 0 and not result.repaired:
+    if result.uncarried:
+        typer.echo(f"left {result.uncarried:,} as they are: no event can carry them exactly; mend them in the primary")
+    elif left > 0 and not (result.repaired or result.refused):
         typer.echo("--repair records the events that restore them")
 
 

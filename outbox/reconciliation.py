@@ -44,7 +44,8 @@ class ReconciliationResult(msgspec.Struct):
 
     `in_flight` counts resources that differed only because a delivery was under way or failed, or because a write came
     in between; `in_flight_why` says which. `repaired` counts repair events recorded; `refused` extras left alone as too
-    many looked deletable. Whatever was recorded up to position `high_water` was taken into account. `listed` is of how
+    many looked deletable; `uncarried` what a repair left as it is because no event can carry it exactly, such as a row
+    with a NaN. Whatever was recorded up to position `high_water` was taken into account. `listed` is of how
     many resources the content was read, the others being equal in sum.
     """
 
@@ -58,6 +59,7 @@ class ReconciliationResult(msgspec.Struct):
     in_flight: int = 0
     repaired: int = 0
     refused: int = 0
+    uncarried: int = 0
     listed: int = 0
     high_water: int = 0
     started_at: datetime | None = None

@@ -51,7 +51,9 @@ def _in_primary(primary: InPrimary, resource_type: str) -> str:
     if not primary.present:
         return "The primary does not have it."
     version = "" if primary.version is None else f", version {primary.version}"
-    return f"The primary has it{version}, digest {(primary.digest or '')[:_DIGEST]}."
+    if primary.digest is None:
+        return f"The primary has it{version}, in a form that no event can carry: mend it there."
+    return f"The primary has it{version}, digest {primary.digest[:_DIGEST]}."
 
 
 def _events(story: Story) -> Table:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from datetime import timedelta
 
 from sqlalchemy import text
@@ -34,7 +34,10 @@ _PAUSE = 0.05
 
 
 class Repairer:
-    """Records what restores one secondary. `actor` and `reason` go into the headers of its events."""
+    """Records what restores one secondary. `actor` and `reason` go into the headers of its events.
+
+    `uncarried` says how many resources it left as they are because no event can carry them exactly.
+    """
 
     def __init__(
         self,
@@ -47,6 +50,7 @@ class Repairer:
         reason: str,
         patience: timedelta,
     ) -> None:
+        self.uncarried = 0
         self._engine = engine
         self._schema = schema
         self._source = source
@@ -63,9 +67,9 @@ class Repairer:
             for attempt in range(_TRIES):
                 # Rows that somebody has locked are passed by: he may record an event of his own, or change nothing.
                 await asyncio.sleep(attempt * _PAUSE)
-                recorded = await self._restore(tenant_id, resource_type, left)
-                done += len(recorded)
-                left = [name for name in left if name not in recorded]
+                met, recorded = await self._restore(tenant_id, resource_type, left)
+                done += recorded
+                left = [name for name in left if name not in met]
                 if not left or not await self._source.find(tenant_id, resource_type, left):
                     break
         return done
@@ -73,29 +77,37 @@ class Repairer:
     async def remove(self, tenant_id: str, resource_type: str, names: Sequence[str]) -> int:
         """Record deletes of what the primary does not have; return of how many it still did not have at the end."""
         deadline = time.monotonic() + self._patience
-        pages = (names[start : start + _PAGE] for start in range(0, len(names), _PAGE))
-        return sum([await self._remove(tenant_id, resource_type, list(page), deadline) for page in pages])
+        deletes = self._carried([self._source.delete(tenant_id, resource_type, name) for name in names])
+        pages = (deletes[start : start + _PAGE] for start in range(0, len(deletes), _PAGE))
+        return sum([await self._remove(tenant_id, resource_type, page, deadline) for page in pages])
 
-    async def _restore(self, tenant_id: str, resource_type: str, names: Sequence[str]) -> set[str]:
+    async def _restore(self, tenant_id: str, resource_type: str, names: Sequence[str]) -> tuple[set[str], int]:
+        """Record what can be; return whom that was about, those that no event can carry too, and how many it did."""
         async with AsyncSession(self._engine) as session, session.begin():
             found = await self._source.locked(session, tenant_id, resource_type, names)
-            await self._record(await session.connection(), list(found.values()))
-        return set(found)
+            events = self._carried(found.values())
+            await self._record(await session.connection(), events)
+        return set(found), len(events)
 
-    async def _remove(self, tenant_id: str, resource_type: str, names: list[str], deadline: float) -> int:
+    async def _remove(self, tenant_id: str, resource_type: str, deletes: list[SyncEvent], deadline: float) -> int:
+        names = [each.resource_id for each in deletes]
         async with AsyncSession(self._engine) as session, session.begin() as transaction:
             connection = await session.connection()
             await connection.execute(text(ALONE.on(self._schema)))
-            await self._record(
-                connection, [SyncEvent.delete(resource_type, name, tenant_id=tenant_id) for name in names]
-            )
+            await self._record(connection, deletes)
             ended = await writers_ended(connection, self._schema, deadline)
             back = await self._source.find(tenant_id, resource_type, names) if ended else {}
             if ended and not back:
                 return len(names)
             await transaction.rollback()
-        gone = [name for name in names if name not in back]
+        gone = [each for each in deletes if each.resource_id not in back]
         return await self._remove(tenant_id, resource_type, gone, deadline) if ended and gone else 0
+
+    def _carried(self, events: Collection[SyncEvent | None]) -> list[SyncEvent]:
+        """Return the events that there are, and count those that nobody could make."""
+        carried = [event for event in events if event is not None]
+        self.uncarried += len(events) - len(carried)
+        return carried
 
     async def _record(self, connection: AsyncConnection, events: list[SyncEvent]) -> None:
         if events:

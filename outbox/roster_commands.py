@@ -131,6 +131,8 @@ def _show_differing(added: Addition) -> None:
         typer.echo(f"why it refused the dead ones: outbox failures --backend {name}")
     if proof.refused:
         typer.echo(f"it holds {proof.refused:,} extra, too many to be deleted unasked: was it empty before?")
+    elif proof.uncarried:
+        typer.echo(f"{proof.uncarried:,} no event can carry exactly: mend them in the primary")
     elif proof.repaired:
         typer.echo("what it was given did not make it equal: does it drop or change what it says it has applied?")
     if added.status == "live":

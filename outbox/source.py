@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import msgspec
@@ -13,8 +14,10 @@ from sqlalchemy.orm import QueryableAttribute, Session
 
 from outbox.capture import Tracked, Tracking
 from outbox.content import content_digest
+from outbox.errors import InvalidEvent
 from outbox.event import Operation, SyncEvent
-from outbox.listing import Listing, PrimaryRow, identified, of_tenant, rows_of, sorts_by_bytes
+from outbox.listing import Listing, PrimaryRow, rows_of, sorts_by_bytes
+from outbox.narrowing import identified, of_tenant, tells_tenants
 from outbox.secondaries.base import Summary
 
 __all__ = ["InPrimary", "Source"]
@@ -23,7 +26,10 @@ _PAGE = 500
 
 
 class InPrimary(msgspec.Struct, frozen=True):
-    """One resource as the primary holds it; where its type is not `tracked`, nobody can tell and the rest is empty."""
+    """One resource as the primary holds it; where its type is not `tracked`, nobody can tell and the rest is empty.
+
+    What is `present` and has no `digest` no event can carry.
+    """
 
     tracked: bool
     present: bool = False
@@ -70,14 +76,20 @@ class Source:
 
     async def locked(
         self, session: AsyncSession, tenant_id: str, resource_type: str, resource_ids: Sequence[str]
-    ) -> dict[str, SyncEvent]:
+    ) -> dict[str, SyncEvent | None]:
         """Return the primary's state of some resources as update events; their rows stay locked by the transaction.
 
-        Rows that somebody else has locked are left out: nobody waits for us, and we for nobody.
+        A row that no event can carry has None. Rows that somebody else has locked are left out: nobody waits for us,
+        and we for nobody.
         """
         tracked = self._tracked(resource_type)
         statement = _matching(tracked, tenant_id, resource_ids).with_for_update(skip_locked=True, of=tracked.entity)
         return await self._events(session, statement, tracked, {(tenant_id, name) for name in resource_ids})
+
+    def delete(self, tenant_id: str, resource_type: str, resource_id: str) -> SyncEvent | None:
+        """Return the delete of a resource; None where no event can name it."""
+        limits = self._tracked(resource_type).limits
+        return _unless_invalid(lambda: SyncEvent.delete(resource_type, resource_id, tenant_id=tenant_id, limits=limits))
 
     async def in_primary(
         self, session: AsyncSession, tenant_id: str, resource_type: str, resource_id: str
@@ -86,9 +98,10 @@ class Source:
         if (tracked := next(self._of(resource_type), None)) is None:
             return InPrimary(tracked=False)
         statement = _matching(tracked, tenant_id, [resource_id])
-        event = (await self._events(session, statement, tracked, {(tenant_id, resource_id)})).get(resource_id)
+        found = await self._events(session, statement, tracked, {(tenant_id, resource_id)})
+        event = found.get(resource_id)
         if event is None:
-            return InPrimary(tracked=True)
+            return InPrimary(tracked=True, present=resource_id in found)
         assert event.content is not None, "an update has its content"
         return InPrimary(True, True, event.version, content_digest(event.content))
 
@@ -96,7 +109,7 @@ class Source:
         """Whether the database itself can sum up ranges: the content is a text column, the id's index is by bytes."""
         tracked = self._tracked(resource_type)
         column = tracked.resource_id_column
-        if column is None or tracked.content_column is None or tracked.tenant_column is None:
+        if column is None or tracked.content_column is None or not tells_tenants(tracked):
             return False
         # Rows of a class that is tracked for itself are in the same table, and not this type's.
         alone = not any(issubclass(each.entity, tracked.entity) for each in self._tracking if each is not tracked)
@@ -151,14 +164,14 @@ class Source:
 
     async def _events(
         self, session: AsyncSession, statement: Select[Any], tracked: Tracked, wanted: set[tuple[str, str]]
-    ) -> dict[str, SyncEvent]:
-        """Return update events of what is there, by id."""
-        events = await session.run_sync(
-            lambda loading: [
-                tracked.event(Operation.UPDATE, row) for row in self._rows(loading, statement, tracked, wanted)
-            ]
+    ) -> dict[str, SyncEvent | None]:
+        """Return update events of what is there, by id; None for what no event can carry."""
+        return await session.run_sync(
+            lambda loading: {
+                tracked.resource_id(row): _unless_invalid(partial(tracked.event, Operation.UPDATE, row))
+                for row in self._rows(loading, statement, tracked, wanted)
+            }
         )
-        return {event.resource_id: event for event in events}
 
     def _rows(
         self, session: Session, statement: Select[Any], tracked: Tracked, wanted: set[tuple[str, str]]
@@ -169,6 +182,13 @@ class Source:
         for row in rows if "yield_per" in statement.get_execution_options() else rows.unique():
             if tracked.key_of(row) in wanted and self._is_of(tracked, row):
                 yield row
+
+
+def _unless_invalid(event: Callable[[], SyncEvent]) -> SyncEvent | None:
+    try:
+        return event()
+    except InvalidEvent:
+        return None
 
 
 def _matching(tracked: Tracked, tenant_id: str, resource_ids: Sequence[str]) -> Select[Any]:

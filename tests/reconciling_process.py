@@ -30,7 +30,7 @@ class Stopping(Source):
             await stay()
         return await super().find(tenant_id, resource_type, resource_ids)
 
-    async def locked(self, session: AsyncSession, *key: Any) -> dict[str, SyncEvent]:
+    async def locked(self, session: AsyncSession, *key: Any) -> dict[str, SyncEvent | None]:
         self.locks += 1
         found = await super().locked(session, *key)
         if self.step == "restoring":

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import sqlite3
 import time
 from datetime import timedelta
 from typing import Any
@@ -15,6 +16,7 @@ from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
 from outbox import MemorySecondary, SyncManager
 from outbox.errors import Unavailable
+from outbox.finding import Verdict
 from outbox.proof import Proof
 from tests.relaying import change, execute, manager_of, rows, running, value, write
 from tests.waiting import eventually
@@ -49,6 +51,19 @@ class Silent(MemorySecondary):
         if self.asked == 1:
             await asyncio.Event().wait()
         return await super().summarise(*args)
+
+
+class Panic(BaseException):
+    """As a Rust extension raises: no `Exception`."""
+
+
+class Broken(MemorySecondary):
+    """Carries, and raises something of its own when it is compared."""
+
+    raises: BaseException
+
+    async def summarise(self, *_: Any) -> Any:
+        raise self.raises
 
 
 SOON = {"proof_interval": 0.2, "proof_share": 1.0}
@@ -90,6 +105,8 @@ async def test_drift_is_told_and_makes_unhealthy_until_it_is_repaired(
         async with running(manager.relay()):
             await eventually(lambda: value(primary, "select count(*) > 0 from outbox_reconciliation"))
             assert "drift: 1 resources differed when last compared" in (await manager.health()).reasons[0]
+            (finding,) = (each for each in await manager.diagnose() if each.name == "drift")
+            assert (finding.verdict, "reconcile" in finding.advice) == (Verdict.WRONG, True)
             assert ("default", "Patient", "7") not in secondary.held
             await manager.reconcile("mirror", repair=True)
             await eventually(lambda: ("default", "Patient", "7") in secondary.held)
@@ -133,6 +150,55 @@ async def test_a_secondary_that_cannot_be_listed_is_told_and_the_others_are_comp
     assert "away: not compared, as it is unavailable (refused)" in [each.getMessage() for each in caplog.records]
 
 
+@pytest.mark.parametrize(
+    "error",
+    [sqlite3.OperationalError("canary"), Panic("canary"), asyncio.CancelledError("canary")],
+    ids=["error", "panic", "cancellation"],
+)
+async def test_what_an_adapter_raises_ends_neither_the_proof_nor_the_relay(
+    primary: AsyncEngine, caplog: pytest.LogCaptureFixture, error: BaseException
+) -> None:
+    """Guarantee 7: the others are compared and carried to; 14: its type is told, and not its text."""
+    broken, mirror = Broken("broken"), MemorySecondary("mirror")
+    broken.raises = error
+    manager = await tracked(primary, broken, mirror)
+    words = f"broken: comparing failed ({type(error).__name__})"
+    with caplog.at_level(logging.INFO, logger="outbox.proof"):
+        async with running(manager.relay()):
+            await eventually(lambda: [each.getMessage() for each in caplog.records].count(words) > 1)
+            await eventually(lambda: value(primary, "select count(*) > 1 from outbox_reconciliation"))
+            await write(manager, change("late"))
+            await eventually(lambda: all(("default", "Thing", "late") in each.held for each in (broken, mirror)))
+    assert "canary" not in caplog.text
+    assert await rows(primary, "select distinct backend_id from outbox_reconciliation") == [{"backend_id": "mirror"}]
+
+
+async def test_what_a_content_raises_ends_no_relay(primary: AsyncEngine, caplog: pytest.LogCaptureFixture) -> None:
+    """Guarantee 7: it comes again, and is told, until somebody mends it."""
+    manager = await tracked(primary, MemorySecondary("mirror"))
+    failing = manager_of(primary, *manager.registrations, **SOON)
+    failing.track(Patient, content=lambda patient: {"ward": {}[patient.number]})
+    async with running(failing.relay()):
+        await eventually(lambda: "mirror: comparing failed (KeyError)" in caplog.text)
+        await write(failing, change("late"))
+        await eventually(lambda: value(primary, "select count(*) = 0 from outbox_delivery"))
+
+
+async def test_a_comparison_that_is_cancelled_is_no_failure(
+    primary: AsyncEngine, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Who stops a relay is not held up by what it compares."""
+    secondary = Silent("mirror")
+    manager = await tracked(primary, secondary, proof_interval=0.001)
+    proof = Proof(primary, manager.registrations, manager.config, manager.tracking)
+    comparing = asyncio.create_task(proof.prove_if_due(manager.registrations[0]))
+    await eventually(lambda: secondary.asked)
+    comparing.cancel()
+    await asyncio.wait([comparing], timeout=5)
+    assert comparing.cancelled()
+    assert caplog.text == ""
+
+
 async def test_where_it_stands_is_written_down_and_another_relay_goes_on_there(
     primary: AsyncEngine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -147,7 +213,7 @@ async def test_where_it_stands_is_written_down_and_another_relay_goes_on_there(
     first = Proof(primary, [registration], manager.config, manager.tracking)
     monkeypatch.setattr(first, "_pause", Killed(after=3))
     with pytest.raises(asyncio.CancelledError):
-        await first.prove_if_due(registration)
+        await first.prove(registration)
     standing = await value(primary, "select cast(proof_standing as text) from outbox_secondary")
     assert json.loads(standing)["result"]["primary_count"] in (20, 30)
     assert json.loads(standing)["result"]["missing"] == 1

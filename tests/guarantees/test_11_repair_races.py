@@ -33,7 +33,7 @@ class Steps(Source):
 
     async def locked(
         self, session: AsyncSession, tenant_id: str, resource_type: str, resource_ids: Sequence[str]
-    ) -> dict[str, SyncEvent]:
+    ) -> dict[str, SyncEvent | None]:
         await self._reach("before locked")
         found = await super().locked(session, tenant_id, resource_type, resource_ids)
         await self._reach("after locked")
