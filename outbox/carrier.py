@@ -20,10 +20,10 @@ from outbox.hands import Hands, Opened
 from outbox.lease import expired
 from outbox.primary import PRIMARY_FAILED, Primary, code_of
 from outbox.register import Registration
-from outbox.resume import resume
 from outbox.retry import RetryPolicy
 from outbox.seize import seize
 from outbox.settings import SyncConfig
+from outbox.suspects import Suspects
 from outbox.turn import Turn, say_looked, set_back, take_turn
 
 if TYPE_CHECKING:
@@ -50,7 +50,7 @@ class Carrier:
         self, registration: Registration, primary: Primary, config: SyncConfig, policy: RetryPolicy, relay_id: UUID
     ) -> None:
         self.backend_id = registration.backend_id
-        self.hands = Hands(registration, primary, config, policy, relay_id, self.ring)
+        self.hands = Hands(registration, primary, config, policy, relay_id, self._freed)
         self._primary = primary
         self._config = config
         self._relay_id = relay_id
@@ -58,8 +58,7 @@ class Carrier:
         self._vigil = Vigil(self.backend_id)
         self._bell = asyncio.Event()
         self._stopping = False
-        self._alone = False
-        self._alone_out = False
+        self._suspects = Suspects()
         self._took = 0.0
         self._resume_at = self._say_looked_at = self._look_back_at = 0.0
 
@@ -248,17 +247,12 @@ class Carrier:
         schema, now = self._config.database_schema, time.monotonic()
         attempts: list[Opened] = []
         if turn.holds and (now >= self._resume_at or turn.breaker != "closed"):
-            # Suspects take turns with everybody else, so that many of them delay nobody for long.
-            self._alone = turn.suspects and not self._alone
-            if self._alone and self.hands.attempt_ids:
-                self._alone = False
-                self._resume_at = now + _RESUME_EVERY
+            resumed = await self._suspects.resume(connection, schema, self.hands.attempt_ids, **parameters)
+            if resumed is None:
                 return []
-            resumed = await resume(connection, schema, **parameters, alone=self._alone)
             took = time.monotonic() - now
             self._resume_at = now + min(max(_RESUME_EVERY, took * _RESUME_PART), _RESUME_LATEST)
             attempts = [Opened(resumed.attempt_id, turn.log_order, held=True)] if resumed.attempt_id else []
-            self._alone_out = self._alone and bool(attempts)
             if resumed.absorbed * 2 >= room:
                 # A long line at once: until holds have it, every claim would walk past it.
                 self._resume_at = 0.0
@@ -287,8 +281,11 @@ class Carrier:
         return self._room()
 
     def _room(self) -> int:
-        # A suspect may take its process with it: nothing goes out beside it.
-        return 0 if self._alone_out and self.hands.attempt_ids else self.hands.room
+        return 0 if self._suspects.block(self.hands.attempt_ids) else self.hands.room
+
+    def _freed(self) -> None:
+        self._suspects.freed(self.hands.attempt_ids)
+        self.ring()
 
     async def _rung(self, sleep: float) -> bool:
         try:

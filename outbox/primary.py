@@ -108,34 +108,39 @@ class Primary:
     async def reserved(self) -> asyncpg.Connection[Any]:
         """Return a connection of its own, outside the pool; the caller closes it."""
         connection = await self._connect()
-        with ExitStack() as undo:
-            # Whoever is stopped in here has no hand on it to close it.
-            undo.callback(connection.terminate)
-            await self.pin(connection)
-            undo.pop_all()
+        await self.pin(connection)
         return connection
 
     async def pin(self, connection: asyncpg.Connection[Any]) -> None:
-        """Pin the plans, and bound how long anything may take or sit on a lock."""
+        """Pin the plans, and bound how long anything may take or sit on a lock; a connection where that fails is ended.
+
+        It may have lain idle in the application's pool, and nobody knows whether anyone is still at its other end.
+        """
+        with _ended_after(_ANSWERS_WITHIN, connection), ExitStack() as undo:
+            # Whoever is stopped in here has no hand on it to close it.
+            undo.callback(connection.terminate)
+            names, values = zip(*self._settings().items(), strict=True)
+            await connection.execute(
+                "select set_config(name, value, false) from unnest($1::text[], $2::text[]) as setting (name, value) "
+                "where current_setting(name, true) is not null",
+                names,
+                values,
+            )
+            # The driver asks the catalog about a kind of array when it first meets it: now, not in somebody's turn.
+            await connection.prepare(_ARRAYS)
+            undo.pop_all()
+
+    def _settings(self) -> dict[str, str]:
         limit = _milliseconds(self._config.statement_timeout)
         # A relay that is paused inside a claim must not keep the secondary's registry row for longer than its work.
         turn = _milliseconds(min(self._config.statement_timeout, self._config.lease))
-        settings = _PINNED | {
+        return _PINNED | {
             "statement_timeout": limit,
             "lock_timeout": limit,
             "idle_in_transaction_session_timeout": turn,
             # Since PostgreSQL 17; before, a relay paused while it prepares a claim keeps the row for `limit`.
             "transaction_timeout": turn,
         }
-        names, values = list(settings), list(settings.values())
-        await connection.execute(
-            "select set_config(name, value, false) from unnest($1::text[], $2::text[]) as setting (name, value) "
-            "where current_setting(name, true) is not null",
-            names,
-            values,
-        )
-        # The driver asks the catalog about a kind of array when it first meets it: now, and not inside somebody's turn.
-        await connection.prepare(_ARRAYS)
 
     async def wait(self) -> None:
         """Return once the primary answers; tries for ever, with jittered backoff up to 10 s."""
@@ -157,7 +162,9 @@ class Primary:
 
     async def _connect(self, *_: Any, **__: Any) -> asyncpg.Connection[Any]:
         try:
-            raw = await self._engine.raw_connection()
+            # A pool that first asks whether a connection is alive may wait for the answer for ever.
+            async with asyncio.timeout(2 * _ANSWERS_WITHIN):
+                raw = await self._engine.raw_connection()
         except self._engine.dialect.loaded_dbapi.Error as error:
             # A raw connection's errors are the adapter's; what the driver said is behind them.
             cause = error.__cause__

@@ -53,7 +53,7 @@ async def test_nothing_is_wrong_with_a_server_as_it_comes() -> None:
         manager = await looked(engine, CheckedSecondary("search"))
         findings = await manager.diagnose()
         assert [each for each in findings if each.verdict is not Verdict.OK] == []
-        assert len({each.name for each in findings}) == len(findings) == 27
+        assert len({each.name for each in findings}) == len(findings) == 28
         await manager.aclose()
         await engine.dispose()
 
@@ -211,6 +211,8 @@ async def test_dead_keys(primary: AsyncEngine) -> None:
     await manager.relay().drain()
     finding = await found(manager, "dead")
     assert (finding.verdict, "redrive" in finding.advice) == (Verdict.WRONG, True)
+    await execute(primary, "update outbox_secondary set status = 'shadow'")
+    assert (await found(manager, "dead")).verdict is Verdict.WARNING, "nobody relies on a shadow"
 
 
 async def test_lag_and_pending_over_their_objectives(primary: AsyncEngine) -> None:
@@ -335,6 +337,19 @@ async def test_a_sequence_that_was_set_back(primary: AsyncEngine, manager: SyncM
     await manager.move_past()
     assert (await found(manager, "sequence")).verdict is Verdict.OK
     await write(manager, change("four"))
+
+
+async def test_a_sequence_that_gives_positions_to_sessions_in_advance(
+    primary: AsyncEngine, manager: SyncManager
+) -> None:
+    """Floors and rest would pass positions that are still to come."""
+    await execute(primary, "alter sequence outbox_event_id_seq cache 32")
+    finding = await found(manager, "sequence")
+    assert (finding.verdict, "32" in finding.found) == (Verdict.WRONG, True)
+    assert "alter sequence public.outbox_event_id_seq cache 1" in finding.advice
+    assert "reconcile every secondary" in finding.advice
+    await execute(primary, "alter sequence outbox_event_id_seq cache 1")
+    assert (await found(manager, "sequence")).verdict is Verdict.OK
 
 
 async def test_a_backfill_that_stands_still(primary: AsyncEngine, manager: SyncManager) -> None:

@@ -5,14 +5,16 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack
 from datetime import timedelta
 
 import pytest
 from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
 
 from outbox import SyncEvent, SyncManager, SyncToken, record
+from outbox.primary import PRIMARY_FAILED, Primary
 from outbox.testing.proxy import Proxy
-from tests.relaying import change, manager_of, pending, running, value
+from tests.relaying import change, manager_of, pending, quick, running, value
 from tests.scripted import ScriptedSecondary
 from tests.waiting import eventually
 
@@ -99,6 +101,50 @@ async def test_a_relay_whose_network_swallows_everything_ends_in_bounded_time(
     done, _ = await asyncio.wait({task}, timeout=60)
     assert done
     assert time.monotonic() - began < 20
+
+
+async def test_idle_connections_that_a_network_dropped_are_not_taken_over_for_ever(
+    primary: AsyncEngine,
+    proxy: Proxy,
+    behind: AsyncEngine,
+    manager: SyncManager,
+    secondary: ScriptedSecondary,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """L9: what the application's pool hands out was never asked whether anybody is still at its other end."""
+    monkeypatch.setattr("outbox.primary._ANSWERS_WITHIN", _STATEMENT)
+    async with running(manager.relay()):
+        await carried(primary, change("before"))
+        async with AsyncExitStack() as idle:
+            for _ in range(3):
+                await idle.enter_async_context(behind.connect())
+        swallow(proxy)
+        await carried(primary, change("after"))
+        assert len(secondary.held) == 2
+
+
+@pytest.mark.parametrize("asks_first", [False, True])
+async def test_taking_over_a_connection_that_nobody_answers_on_fails_in_bounded_time(
+    primary: AsyncEngine, proxy: Proxy, asks_first: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """L9: whether the application's pool hands it out as it is, or waits for an answer before."""
+    monkeypatch.setattr("outbox.primary._ANSWERS_WITHIN", _STATEMENT)
+    engine = create_async_engine(primary.url.set(port=proxy.port), pool_pre_ping=asks_first)
+    async with engine.connect():
+        pass
+    swallow(proxy)
+    connections = Primary(engine, quick())
+    await connections.open()
+    taking_over = asyncio.create_task(connections.reserved())
+    done, _ = await asyncio.wait({taking_over}, timeout=20)
+    assert done
+    assert isinstance(taking_over.exception(), PRIMARY_FAILED)
+    async with connections.connection() as connection:
+        assert await connection.fetchval("select 1") == 1
+    await connections.close()
+    for link in proxy.links:
+        link.cut()
+    await engine.dispose()
 
 
 @pytest.mark.parametrize("driver", ["asyncpg", "psycopg"])

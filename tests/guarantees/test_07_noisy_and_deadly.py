@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import random
 from datetime import timedelta
+from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import pytest
 from sqlalchemy.ext.asyncio import AsyncEngine
 
-from outbox import Registration
+from outbox import Registration, SyncManager
 from outbox.secondaries.base import Rejected, Retry
 from tests.relay_process import RelayProcess, effects_in, told
 from tests.relaying import change, dsn_of, execute, hold_of, manager_of, pending, rows, running, value, write
@@ -108,6 +111,106 @@ async def test_while_a_suspect_is_out_its_relay_has_nothing_else_out(primary: As
         assert alone.names == [name]
         beside = [call.names for call in secondary.calls if _at_once(call, alone)]
         assert beside == [[name]]
+
+
+async def test_the_last_suspect_leaves_nothing_that_keeps_others_from_going_out(primary: AsyncEngine) -> None:
+    """Promise 7: once no suspect is left a batch that hangs delays only itself."""
+    secondary = ScriptedSecondary("search")
+    manager = manager_of(primary, secondary)
+    await manager.register()
+    await _hold(primary, manager, secondary, "suspect")
+    await execute(primary, "update outbox_hold set alone = true, lost = 2, next_attempt_at = now()")
+    secondary.always("slow", Hang())
+    async with running(manager.relay()):
+        await eventually(lambda: _owes(primary, 0))
+        await write(manager, change("slow"))
+        await eventually(lambda: secondary.running)
+        await write(manager, change("other"))
+        await eventually(lambda: secondary.sent_to("other"), timedelta(seconds=5))
+        assert [call.names for call in secondary.running] == [["slow"]]
+
+
+async def _hold(primary: AsyncEngine, manager: SyncManager, secondary: ScriptedSecondary, name: str) -> None:
+    """Let one resource be held back, due in an hour."""
+    secondary.script(name, Retry("busy"))
+    await write(manager, change(name))
+    await manager.relay().run_once(secondary.backend_id)
+    later = "update outbox_hold set next_attempt_at = now() + interval '1 hour' where resource_id = :name"
+    await execute(primary, later, name=name)
+
+
+async def _owes(primary: AsyncEngine, deliveries: int) -> bool:
+    return await pending(primary) == deliveries
+
+
+async def test_suspects_and_all_that_is_held_go_on_beside_a_backlog(primary: AsyncEngine) -> None:
+    """Promise 7: with always something in hand, in a bounded number of batches; a suspect still finds nobody."""
+    secondary = CheckedSecondary("search", pace=lambda: random.uniform(0.03, 0.07))
+    terms: dict[str, Any] = {"batch_size": 10, "attempts_in_flight": 4, "retry_initial": 600, "retry_max": 600}
+    short = manager_of(primary, secondary, **terms, lease=1.2, attempt_deadline=0.5)
+    await short.register()
+    suspects = [f"suspect-{number}" for number in range(3)]
+    secondary.script(suspects[0], Hang())
+    secondary.script("held", Retry("busy"))
+    secondary.script("dead", Rejected("no"))
+    for batch in (suspects, ["held", "dead"]):
+        await write(short, *(change(name) for name in batch))
+        await short.relay().run_once("search")
+    assert await value(primary, "select count(*) from outbox_hold where alone") == len(suspects)
+    await execute(primary, "update outbox_hold set next_attempt_at = now() where state = 'retrying'")
+    await execute(primary, FLOOD, tenant="noisy", many=NOISY)
+    await write(short, change("dead", 1))
+    already = len(secondary.calls)
+    async with running(manager_of(primary, secondary, **terms).relay()):
+        names = {"held", "dead", *suspects}
+        await eventually(lambda: names <= {event.resource_id for event in secondary.history})
+        assert await pending(primary) > NOISY // 4, "the backlog was done, so this shows nothing"
+    went = {name: secondary.calls.index(secondary.calls_with(name)[-1]) - already for name in names}
+    assert max(went["held"], went["dead"]) < 100, went
+    assert max(went.values()) < 400, went
+    for name in suspects:
+        alone = secondary.calls_with(name)[-1]
+        assert [call.names for call in secondary.calls if call.finished and _at_once(call, alone)] == [[name]]
+    turns = sorted(went[name] for name in suspects)
+    assert all(later - earlier > 4 for earlier, later in pairwise(turns)), f"they left the others no time: {went}"
+
+
+@pytest.mark.parametrize("slots", [1, 4])
+async def test_suspects_that_hang_leave_the_others_as_much_time(primary: AsyncEngine, slots: int) -> None:
+    """Promise 7: two keys that hang whenever they are tried have no more than half of the time."""
+    secondary = CheckedSecondary("search", pace=lambda: random.uniform(0.01, 0.03))
+    terms: dict[str, Any] = {"batch_size": 10, "attempts_in_flight": slots, "lease": 3, "attempt_deadline": 1.5}
+    manager = manager_of(primary, secondary, **terms)
+    await manager.register()
+    for name in ("one", "two"):
+        await _hold(primary, manager, secondary, name)
+        secondary.always(name, Hang())
+    await execute(primary, "update outbox_hold set alone = true, next_attempt_at = now()")
+    await execute(primary, FLOOD, tenant="noisy", many=NOISY)
+    already = len(secondary.calls)
+
+    def hung() -> list[Call]:
+        return [call for call in secondary.calls[already:] if call.names in (["one"], ["two"])]
+
+    async with running(manager.relay()):
+        await eventually(lambda: len(hung()) > 2)
+        assert await pending(primary) > NOISY // 4, "the backlog was done, so this shows nothing"
+    for before, after in pairwise(hung()):
+        assert before.ended is not None
+        assert after.began - before.ended >= before.ended - before.began
+
+
+async def test_draining_leaves_no_suspect_that_is_due(primary: AsyncEngine) -> None:
+    """Whose turn it is and who has nothing to send passes it on: nothing due is not what one of two says."""
+    secondary = ScriptedSecondary("search")
+    manager = manager_of(primary, secondary)
+    await manager.register()
+    for number in range(3):
+        await _hold(primary, manager, secondary, f"suspect-{number}")
+    await execute(primary, "update outbox_hold set alone = true, lost = 2, next_attempt_at = now()")
+    await write(manager, change("other"))
+    assert await manager.relay().drain() == 4
+    assert await pending(primary) == 0
 
 
 def _at_once(one: Call, other: Call) -> bool:

@@ -98,7 +98,8 @@ class Relays(World):
         taken = self.run(self.ground.claim(carrier, slots, hurries=hurries))
         self.took(name, before, taken)
         if not taken and not hurries and self.has_room(account, relay):
-            assert not account.due(), f"{account.due()} is due and was not found"
+            due = account.due() | {key for key, hold in account.holds.items() if hold.alone and hold.due}
+            assert not due, f"{due} is due and was not found"
         return taken
 
     def took(self, name: str, before: set[int], taken: list[InHand]) -> None:
@@ -111,10 +112,14 @@ class Relays(World):
         self.in_hand += taken
 
     def has_room(self, account: Account, relay: str) -> bool:
-        """Whether a claim must find what is due: nothing is wrong with the secondary, and no suspect has its turn."""
+        """Whether a claim must find what is due: nothing is wrong with the secondary, and no suspect makes it wait.
+
+        A suspect waits for what its relay has in hand, and all else for a suspect that is out (it is not due then).
+        """
         carrier = self.carriers[account.name, relay]
-        suspects = any(hold.alone and hold.due for hold in account.holds.values())
-        return account.carried and not carrier.hands.strained and not suspects
+        suspects = any(hold.alone and hold.due is not False for hold in account.holds.values())
+        waits = suspects and carrier.hands.attempt_ids
+        return account.carried and not carrier.hands.strained and not waits
 
     def loaded(self, each: InHand) -> bool:
         """Fetch an attempt's events, unless it is no longer its relay's."""

@@ -1,4 +1,7 @@
 select (select case when is_called then last_value else 0 end from "public".outbox_event_id_seq) as given,
        greatest(
            (select max(event_id) from "public".outbox), (select max(event_id) from "public".outbox_delivery), 0
-       ) as highest
+       ) as highest,
+       (
+           select seqcache from pg_sequence where seqrelid = cast('"public".outbox_event_id_seq' as regclass)
+       ) as in_advance
