@@ -77,7 +77,7 @@ async def test_a_look_at_holds_that_takes_long_is_rare_while_there_is_other_work
         looks.append("others" if taken else "nobody")
         return taken
 
-    monkeypatch.setattr("outbox.carrier.resume", looks_at_holds)
+    monkeypatch.setattr("outbox.suspects.resume", looks_at_holds)
     monkeypatch.setattr("outbox.carrier.claim", takes_the_others)
     secondary = ScriptedSecondary("search")
     secondary.always("poisoned", Retry("poisoned"))
