@@ -121,10 +121,13 @@ class Carrier:
 
         Waits for its turn until the loop's clock says `until`.
         """
-        while (attempts := await self._seize(positions)) is None:
+        attempts: list[Opened] | None = None
+        while attempts is None:
+            # Looked at before every claim: what is claimed while we close may find nobody who hands it back.
             if self._stopping or time.monotonic() >= until:
                 return 0
-            await asyncio.sleep(_SHORTEST_SLEEP)
+            if (attempts := await self._seize(positions)) is None:
+                await asyncio.sleep(_SHORTEST_SLEEP)
         carrying = [self.hands.take(attempt) for attempt in attempts]
         if self._stopping:
             self.hands.give_up({attempt.attempt_id for attempt in attempts})

@@ -22,7 +22,7 @@ from outbox.parts import Budget, Events, Parts
 from outbox.secondaries.base import Applied, Checkable, Outcome, Positioned, Rejected, Retry, Secondary, Stale
 from outbox.tracing import traced
 
-__all__ = ["Dispatched", "answers", "dispatch", "highest_of"]
+__all__ = ["Dispatched", "answers", "ask", "dispatch", "highest_of"]
 
 _log = logging.getLogger("outbox.dispatch")
 
@@ -78,7 +78,7 @@ async def dispatch(
 
 async def highest_of(secondary: Positioned, deadline: timedelta) -> int:
     """Return the highest position a secondary holds; raise `Unavailable` when it does not say so within `deadline`."""
-    highest: object = await _asked(secondary.highest_position, deadline)
+    highest: object = await ask(secondary.highest_position, deadline)
     if isinstance(highest, int) and 0 <= highest <= _LARGEST:
         return highest
     raise Unavailable("no_position", "what it says is its highest position is none")
@@ -86,10 +86,11 @@ async def highest_of(secondary: Positioned, deadline: timedelta) -> int:
 
 async def answers(secondary: Checkable, deadline: timedelta) -> None:
     """Return when a secondary answers; raise `Unavailable` when it does not within `deadline`."""
-    await _asked(secondary.check, deadline)
+    await ask(secondary.check, deadline)
 
 
-async def _asked(question: Callable[[], Awaitable[_Answer]], deadline: timedelta) -> _Answer:
+async def ask(question: Callable[[], Awaitable[_Answer]], deadline: timedelta) -> _Answer:
+    """Return what an adapter answers; raise `Unavailable` for whatever else it does, unless we are cancelled."""
     try:
         async with asyncio.timeout(deadline.total_seconds()):
             return await _believed(question)

@@ -12,11 +12,13 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AsyncExitStack
 from datetime import timedelta
+from functools import partial
 from itertools import chain, islice
 
 import msgspec
 
 from outbox.answer import SyncState, SyncStatus
+from outbox.dispatch import ask
 from outbox.errors import SettingsError, Unavailable, UnknownSecondary
 from outbox.primary import PRIMARY_FAILED, code_of
 from outbox.register import Registration
@@ -63,12 +65,10 @@ class Follower:
         self._registrations: Mapping[str, Registration] = {each.backend_id: each for each in registrations}
         self._config = config
         self._make_relay = relay
-        self._relay: Relay | None = None
         self._waiters = waiters
         self._ready = AsyncExitStack()
-        self._opening = asyncio.Lock()
         self._pushing: set[asyncio.Task[None]] = set()
-        self._refreshing = {name: _Refreshing() for name in self._registrations}
+        self._begin()
 
     def waited_for(self, mode: SyncMode | None) -> set[str]:
         """Return the secondaries that a writer in this mode waits for; None is what each was registered with."""
@@ -88,9 +88,8 @@ class Follower:
         visible = status.state.done
         if visible and isinstance(registration.secondary, Refreshable):
             try:
-                async with asyncio.timeout(timeout.total_seconds()):
-                    await refreshing.refreshed(registration.secondary)
-            except (TimeoutError, Unavailable):
+                await ask(partial(refreshing.refreshed, registration.secondary), timeout)
+            except Unavailable:
                 visible = False
         return msgspec.structs.replace(status, visible=visible)
 
@@ -100,7 +99,13 @@ class Follower:
         await asyncio.gather(*self._pushing, return_exceptions=True)
         # What a push opened meanwhile.
         await self._ready.aclose()
-        self._relay = None
+        self._begin()
+
+    def _begin(self) -> None:
+        """Be as new: a lock that was waited for belongs to its loop, and the next caller may come from another."""
+        self._relay: Relay | None = None
+        self._opening = asyncio.Lock()
+        self._refreshing = {name: _Refreshing() for name in self._registrations}
 
     async def _one(self, backend_id: str, token: SyncToken, waited_for: bool, timeout: timedelta) -> SyncStatus:
         owed = token.owed_to(backend_id)
@@ -123,7 +128,7 @@ class Follower:
         try:
             async with asyncio.timeout(timeout.total_seconds()):
                 relay = await self._opened()
-            while (seconds := until - time.monotonic()) > 0:
+            while not relay.closing and (seconds := until - time.monotonic()) > 0:
                 if not (page := list(islice(positions, self._config.batch_size))):
                     return
                 await relay.seize(backend_id, page, timedelta(seconds=seconds))

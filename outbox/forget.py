@@ -20,7 +20,7 @@ from outbox.answer import SyncState, SyncStatus
 from outbox.capture import Tracking
 from outbox.errors import NotForgotten
 from outbox.event import SyncEvent
-from outbox.find import Asked, found_at
+from outbox.find import Asked
 from outbox.record import record
 from outbox.repair import ALONE
 from outbox.scrub import Scrubbed, count_scrubbable, scrub, scrub_failures
@@ -28,7 +28,7 @@ from outbox.secondaries.base import Secondary
 from outbox.source import Source
 from outbox.statement import Statement
 from outbox.token import SyncToken
-from outbox.why import CLOCK
+from outbox.why import CLOCK, found_at
 from outbox.writers import writers_ended
 
 __all__ = ["NEWEST", "OWE", "REGISTERED", "Erased", "Eraser", "Evidence"]
@@ -62,6 +62,7 @@ on conflict (backend_id, lane, event_id) do nothing
 _CARRIED = ("shadow", "live", "paused")
 _HIGHEST = 2**63 - 1
 _ROUNDS = 3
+_LEVEL = {"isolation_level": "READ COMMITTED"}
 
 # Waits until what a token names is done at every secondary it is owed to, or nothing helps, or for so long.
 _Wait = Callable[[SyncToken, timedelta], Awaitable[Sequence[SyncStatus]]]
@@ -116,9 +117,10 @@ class Eraser:
         wait: _Wait,
         timeout: timedelta,
     ) -> None:
-        self._engine = engine
+        # At any stricter level the look after the wait would be on the snapshot from before it.
+        self._engine = engine.execution_options(**_LEVEL)
         self._schema = schema
-        self._source = Source(engine, tracking)
+        self._source = Source(self._engine, tracking)
         self._secondaries = secondaries
         self._wait = wait
         self._timeout = timeout
@@ -143,8 +145,9 @@ class Eraser:
 
     async def _erase(self, asked: Asked, reason: str | None) -> tuple[SyncToken, int, Scrubbed]:
         async with AsyncSession(self._engine) as session, session.begin():
+            # Said here too: an engine that was made from another one gives way to the options of that one.
+            connection = await session.connection(execution_options=_LEVEL)
             await self._refuse_present(session, asked, _HIGHEST)
-            connection = await session.connection()
             await connection.execute(text(ALONE.on(self._schema)))
             token = await record(connection, _delete(asked, reason), schema=self._schema)
             [position] = token.positions

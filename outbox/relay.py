@@ -66,12 +66,17 @@ class Relay:
         self._housekeeper = Housekeeper(self._primary, config, list(self._carriers))
         self._stop = asyncio.Event()
         self._hurry = asyncio.Event()
+        # Whether hands that were lent are being taken back.
+        self.closing = False
         self._users = 0
         self._seizing: set[asyncio.Task[int]] = set()
         self._background: list[asyncio.Task[None]] = []
 
     async def run(self) -> None:
-        """Carry until `stop` is called or this task is cancelled; then finish or hand back what is in hand."""
+        """Carry until `stop` is called or this task is cancelled; then finish or hand back what is in hand.
+
+        Raises `RuntimeError` when a run of this relay was cancelled or failed before: go on with another relay.
+        """
         with self._roll.answering():
             await self._run()
 
@@ -91,6 +96,8 @@ class Relay:
                 done, _ = await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
                 for ended in done:
                     ended.result()
+                if not self._stop.is_set():
+                    raise RuntimeError("a run of this relay was cut off, which ended all of its runs: make another")
         finally:
             await _cancelled([opening, stopping, *beside])
             await self._wind_down(loops)
@@ -124,6 +131,7 @@ class Relay:
             try:
                 yield
             finally:
+                self.closing = True
                 for carrier in self._carriers.values():
                     carrier.stop()
                 grace = self._config.shutdown_grace.total_seconds()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
-from itertools import chain
+from itertools import chain, pairwise
 from typing import Self
 
 import msgspec
@@ -102,7 +102,10 @@ class SyncToken(str):
         checksum, _, body = self.removeprefix(_FORM).partition(".")
         if not body.isascii() or checksum != _checksum(body):
             raise InvalidToken
-        return tuple(_read(group) for group in body.split("~") if group)
+        recorded = tuple(_read(group) for group in body.split("~") if group)
+        if not _each_once(recorded):
+            raise InvalidToken
+        return recorded
 
     @property
     def positions(self) -> list[int]:
@@ -150,6 +153,17 @@ def _read(group: str) -> Recorded:
     if max(recorded.transaction_id, recorded.stamp, *chain.from_iterable(numbers), *ends) > _LARGEST:
         raise InvalidToken
     return recorded
+
+
+def _each_once(recorded: Iterable[Recorded]) -> bool:
+    """Whether no event is owed twice to a secondary: whoever waits would count it twice and find it once."""
+    runs: dict[tuple[str, int], list[tuple[int, int]]] = {}
+    for each in recorded:
+        for name in {*each.backend_ids}:
+            # Stamps and not transactions: an event is looked for by its position and its stamp.
+            runs.setdefault((name, each.stamp), []).extend(each.runs)
+    neighbours = chain.from_iterable(pairwise(sorted(found)) for found in runs.values())
+    return all(first + count <= following for (first, count), (following, _) in neighbours)
 
 
 def _joined(runs: Iterable[tuple[int, int]]) -> tuple[tuple[int, int], ...]:

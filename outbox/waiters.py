@@ -185,8 +185,11 @@ class Waiters:
         self._bell.set()
 
     def _start(self) -> None:
-        if self._looking is None or self._looking.done():
-            self._looking = asyncio.create_task(self._look_on())
+        loop = asyncio.get_running_loop()
+        if self._looking is None or self._looking.done() or self._looking.get_loop() is not loop:
+            # A bell that was waited for belongs to its loop, and this may be another one by now.
+            self._bell = asyncio.Event()
+            self._looking = loop.create_task(self._look_on())
             self._looking.add_done_callback(self._ended)
         self._bell.set()
 

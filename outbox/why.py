@@ -6,7 +6,8 @@ import asyncio
 from collections import defaultdict
 from collections.abc import AsyncIterator, Iterable, Mapping
 from contextlib import asynccontextmanager
-from datetime import datetime
+from datetime import datetime, timedelta
+from functools import partial
 from typing import Any
 
 import msgspec
@@ -14,15 +15,17 @@ from sqlalchemy import text
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession
 
 from outbox.capture import Tracking
-from outbox.find import Asked, found_at
+from outbox.dispatch import ask
+from outbox.errors import Unavailable
+from outbox.find import Asked, digest_at
 from outbox.names import ACTOR, CORRELATION_ID, header_in
-from outbox.secondaries.base import Secondary
+from outbox.secondaries.base import Findable, ResourceDigest, Secondary
 from outbox.settings import SyncConfig
 from outbox.source import InPrimary, Source
 from outbox.statement import Statement
 from outbox.story import Copy, GivenUp, Handed, Holding, KeptEvent, Standing, Story, moves_of
 
-__all__ = ["CLOCK", "GIVEN_UP", "HANDED", "KEPT", "STANDING", "StoryTeller"]
+__all__ = ["CLOCK", "GIVEN_UP", "HANDED", "KEPT", "STANDING", "StoryTeller", "found_at"]
 
 CLOCK = Statement("select statement_timestamp() as at")
 
@@ -158,6 +161,7 @@ order by discarded.backend_id, discarded.event_id desc
 
 _LOOKS = 3
 _STANDING = 11
+_ANSWER_WITHIN = timedelta(seconds=5)
 
 
 class StoryTeller:
@@ -231,6 +235,18 @@ class StoryTeller:
             moves = moves_of(standing, newest, story.at, self._silence_limit)
             told.append(msgspec.structs.replace(standing, waits_for=moves.waits_for, moves_at=moves.at))
         return msgspec.structs.replace(story, secondaries=tuple(told))
+
+
+async def found_at(secondary: Secondary | None, asked: Asked) -> ResourceDigest | str | None:
+    """Return what a secondary holds of a resource, None when it holds nothing, or in words why nobody can say."""
+    if secondary is None:
+        return "what it holds cannot be said: this process does not have its adapter"
+    if not isinstance(secondary, Findable):
+        return "what it holds cannot be said: its adapter does not look at single resources"
+    try:
+        return await ask(partial(digest_at, secondary, asked), _ANSWER_WITHIN)
+    except Unavailable as error:
+        return f"what it holds cannot be said: it does not answer ({error.code})"
 
 
 @asynccontextmanager

@@ -169,9 +169,13 @@ async def test_where_no_class_is_tracked_the_newest_event_tells_and_the_doubt_is
     assert CANARY not in await kept(engine)
 
 
-async def test_an_open_write_may_bring_it_back_so_nothing_is_erased(engine: AsyncEngine) -> None:
-    """R2: its position is lower than the delete's, and every secondary would refuse it."""
-    manager = await started(engine, ScriptedSecondary())
+@pytest.mark.parametrize("level", ["READ COMMITTED", "REPEATABLE READ", "SERIALIZABLE"])
+async def test_an_open_write_may_bring_it_back_so_nothing_is_erased(engine: AsyncEngine, level: Any) -> None:
+    """R2: its position is lower than the delete's, and every secondary would refuse it.
+
+    At whatever level the application works: the look after the wait must not be on the snapshot from before it.
+    """
+    manager = await started(engine.execution_options(isolation_level=level), ScriptedSecondary())
     async with manager.session() as session, session.begin():
         session.add(Patient(id="7", name="new"))
         await session.flush()
@@ -328,6 +332,59 @@ class Blind:
 
     def scan(self, tenant_id: str, resource_type: str, after: str | None = None) -> Any:
         raise AssertionError("nobody lists it here")
+
+
+class Broken(ScriptedSecondary):
+    """Its looks end in whatever they are told to, in one of two places."""
+
+    def __init__(self, error: BaseException | None, *, when_refreshed: bool = False) -> None:
+        super().__init__("broken")
+        self.error, self.when_refreshed = error, when_refreshed
+
+    async def refresh(self) -> None:
+        if self.error and self.when_refreshed:
+            raise self.error
+
+    async def find(self, tenant_id: str, resource_type: str, resource_ids: Sequence[str]) -> Sequence[ResourceDigest]:
+        if self.error:
+            raise self.error
+        return None  # type: ignore[return-value]
+
+
+@pytest.mark.parametrize(
+    "broken",
+    [
+        Broken(RuntimeError(CANARY)),
+        Broken(RuntimeError(CANARY), when_refreshed=True),
+        Broken(asyncio.CancelledError(CANARY)),
+        Broken(None),
+    ],
+)
+async def test_whatever_a_look_ends_in_the_evidence_is_told_and_names_it(engine: AsyncEngine, broken: Broken) -> None:
+    """R5, Security 6: by then it is committed; the error's own words, which may quote content, are kept back."""
+    manager = await started(engine, broken)
+    evidence = await forget(manager)
+    doubt = "what it holds cannot be said: it does not answer (adapter_error)"
+    assert evidence.unproved == (f"broken: {doubt}",)
+    story = await manager.why("Patient", "7")
+    assert [each.copy and each.copy.unknown for each in story.secondaries] == [doubt]
+
+
+async def test_a_look_that_hangs_can_be_cancelled(engine: AsyncEngine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """B8."""
+    hanging = asyncio.Event()
+
+    async def hang(*_: Any) -> None:
+        hanging.set()
+        await asyncio.Event().wait()
+
+    manager = await started(engine, ScriptedSecondary())
+    monkeypatch.setattr(ScriptedSecondary, "find", hang)
+    looking = asyncio.create_task(manager.why("Patient", "7"))
+    await hanging.wait()
+    looking.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await looking
 
 
 class Liar(ScriptedSecondary):

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
+from sqlalchemy.pool import NullPool
 
 from outbox import (
     Registration,
@@ -421,11 +422,12 @@ async def test_applied_and_visible_are_told_apart(primary: AsyncEngine) -> None:
         assert index.refreshes - before < 20
 
 
-async def test_a_refresh_that_does_not_come_is_not_visible(primary: AsyncEngine) -> None:
+@pytest.mark.parametrize("error", [Unavailable("refused", "down"), RuntimeError("no"), asyncio.CancelledError("no")])
+async def test_a_refresh_that_does_not_come_is_not_visible(primary: AsyncEngine, error: BaseException) -> None:
     index = Indexed()
 
     async def refuse() -> None:
-        raise Unavailable("refused", "down")
+        raise error
 
     index.refresh = refuse  # type: ignore[method-assign]
     async with managing(primary, index) as manager:
@@ -433,6 +435,25 @@ async def test_a_refresh_that_does_not_come_is_not_visible(primary: AsyncEngine)
         await manager.relay().drain()
         result = await manager.wait_for_sync(token, timeout=2, visible=True)
         assert (result["index"].state, result["index"].visible, bool(result)) == (SyncState.APPLIED, False, False)
+
+
+async def test_a_manager_goes_on_in_another_loop_once_it_is_closed(primary: AsyncEngine) -> None:
+    """As scripts and tests do that call `asyncio.run` more than once; several at once, who share a look and a lock."""
+    engine = create_async_engine(dsn_of(primary), poolclass=NullPool)
+    manager = manager_of(engine, Indexed(), ScriptedSecondary("plain"))
+    await manager.register()
+
+    async def job() -> list[bool]:
+        writing = (manager.sync(change(f"{number}"), mode=SyncMode.SYNCHRONOUS, timeout=10) for number in range(5))
+        synced = [status.synced for statuses in await asyncio.gather(*writing) for status in statuses]
+        token = await written(manager, change("1"))
+        await manager.sync(token, mode=SyncMode.SYNCHRONOUS, timeout=10)
+        seen = await asyncio.gather(*(manager.wait_for_sync(token, timeout=10, visible=True) for _ in range(5)))
+        await manager.aclose()
+        return [*synced, *map(bool, seen)]
+
+    for _ in range(2):
+        assert all(await asyncio.to_thread(asyncio.run, job()))
 
 
 async def test_a_reader_waits_up_to_the_greatest_lag_or_goes_to_the_primary(primary: AsyncEngine) -> None:

@@ -362,5 +362,32 @@ async def test_a_forged_token_costs_no_more_than_a_look(primary: AsyncEngine) ->
                 await manager.wait_for_sync(token)
 
 
+@pytest.mark.parametrize(
+    "runs",
+    [
+        "3.1.5R5.search",
+        "3.1.5N3R7.search",
+        "3.1.7R5N3.search",
+        "3.1.5.search~3.1.5.archive.search",
+        "3.1.5.search~4.1.5.search",
+    ],
+)
+async def test_a_token_that_names_an_event_twice_is_none_and_fails_nobody_else(primary: AsyncEngine, runs: str) -> None:
+    """It would be counted twice and looked for once, and its look is that of all who wait here."""
+    _, manager = await one(primary)
+    waiting = asyncio.create_task(manager.wait_for_sync(await written(manager, change("1")), timeout=10))
+    with pytest.raises(InvalidToken):
+        await manager.wait_for_sync(_forged(runs), timeout=0.3)
+    async with running(manager.relay()):
+        assert await waiting
+
+
+async def test_a_token_may_name_one_position_with_the_stamps_of_two_transactions(primary: AsyncEngine) -> None:
+    """A crash gives a position again, and each of them is an event of its own."""
+    _, manager = await one(primary)
+    result = await manager.wait_for_sync(_forged("3.1.5.search~3.2.5.search"), timeout=5)
+    assert (result["search"].events, result["search"].done) == (2, 0)
+
+
 def _forged(body: str) -> str:
     return f"o1.{zlib.crc32(body.encode()):08x}.{body}"
