@@ -187,6 +187,13 @@ def in_two_calls_at_once_long_after_a_pause() -> Tale:
 
 
 @bad("double-leased")
+def in_two_calls_at_once_after_faults_that_ended_in_the_order_they_began() -> Tale:
+    tale = Tale().say(said.Fired(fault="stop", against="r1")).say(said.Fired(fault="cut", against="r1"))
+    tale.say(said.Healed(fault="stop", against="r1")).say(said.Healed(fault="cut", against="r1"))
+    return two_calls_at_once(tale.write(state(1)).claim(1, 1, by="r1").claim(2, 1, by="r2"))
+
+
+@bad("double-leased")
 def in_two_calls_at_once_when_a_third_has_ended() -> Tale:
     tale = Tale().write(state(1)).claim(1, 1, by="r1").say(said.Fired(fault="sigkill", against="r1"))
     tale.ask(state(1), call="dead", caller="r1").claim(2, 1, by="r2").ask(state(1), call="a", caller="r2")

@@ -14,12 +14,13 @@ from typing import Any
 
 import msgspec
 
+from outbox.errors import Unavailable
 from outbox.secondaries.opensearch_answer import raise_refused
 from outbox.secondaries.opensearch_documents import LIVE
 from outbox.secondaries.opensearch_http import Request, SearchHttp
 from outbox.secondaries.opensearch_reads import decoded
 
-__all__ = ["Generation"]
+__all__ = ["Generation", "index_without_alias"]
 
 _GENERATIONS = tuple(f"{letter}." for letter in string.ascii_lowercase)
 
@@ -87,6 +88,19 @@ class Generation:
         if actions:
             body = json.dumps({"actions": actions}).encode()
             raise_refused(await self._http.send(Request("POST", "/_aliases", body)))
+
+
+async def index_without_alias(http: SearchHttp, prefix: str, alias: str) -> str | None:
+    """Return the index that may have lost this alias, None when none is left. Raises `Unavailable` when several are.
+
+    What is still being filled has an alias of its own, and is not it.
+    """
+    indices = (await _layout(http, prefix)).get(alias, {})
+    left = [mark for mark, named in indices.items() if not mark or f"{mark}{alias}" not in named]
+    if len(left) > 1:
+        # The wrong one would let old writes pass that the right one refuses.
+        raise Unavailable("alias_lost", f"nothing tells which of several indices {alias} led to")
+    return f"all.{left[0]}{alias}" if left else None
 
 
 def _each(layout: _Layout, mark: str) -> Iterable[tuple[str, frozenset[str]]]:

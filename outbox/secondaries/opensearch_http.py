@@ -28,9 +28,11 @@ if TYPE_CHECKING:
     from elasticsearch import AsyncElasticsearch
     from opensearchpy import AsyncOpenSearch
 
-__all__ = ["NDJSON", "ElasticsearchHttp", "OpenSearchHttp", "Request", "SearchHttp"]
+__all__ = ["NDJSON", "SAME_COPIES", "ElasticsearchHttp", "OpenSearchHttp", "Request", "SearchHttp"]
 
 NDJSON = "application/x-ndjson"
+# Any word of one's own keeps all pages on the same copies of the shards.
+SAME_COPIES = "outbox-scan"
 
 
 class Request(msgspec.Struct, frozen=True):
@@ -51,6 +53,9 @@ class SearchHttp(ABC):
 
     A client made here from an address is closed here; one handed in is its owner's.
     """
+
+    #: Which copies of the shards a search asks.
+    preference = SAME_COPIES
 
     def __init__(self, client: Any, timeout: timedelta, *, owned: bool) -> None:
         self._client = client
@@ -83,6 +88,9 @@ class SearchHttp(ABC):
 
 class OpenSearchHttp(SearchHttp):
     """Requests through opensearch-py."""
+
+    # Where replicas copy segments, a refresh makes only the primaries new.
+    preference = "_primary"
 
     def __init__(self, client_or_url: AsyncOpenSearch | str, timeout: timedelta) -> None:
         import opensearchpy  # noqa: PLC0415 - an extra: only its users have it

@@ -16,7 +16,7 @@ from outbox.secondaries.base import ResourceDigest
 from outbox.secondaries.opensearch_answer import Answer, error_type, raise_refused
 from outbox.secondaries.opensearch_bulk import INDEX_MISSING
 from outbox.secondaries.opensearch_documents import LIVE, document_id
-from outbox.secondaries.opensearch_http import Request, SearchHttp
+from outbox.secondaries.opensearch_http import SAME_COPIES, Request, SearchHttp
 
 __all__ = ["Listing", "Searched", "complete", "decoded", "read_content", "refresh_index", "search"]
 
@@ -165,11 +165,19 @@ class Listing:
 
 async def search(http: SearchHttp, names: str, query: bytes) -> Answer:
     """Return the answer to a search; whether it is all there is, `complete` says. Raises `Unavailable`."""
-    # One preference keeps all pages on the same copies of the shards.
-    params = {"allow_partial_search_results": "false", "preference": "outbox-scan"}
-    answer = await http.send(Request("POST", f"/{names}/_search", query, params))
+    wanted = http.preference
+    answer = await _search(http, names, query, wanted)
+    if wanted != SAME_COPIES and answer.status == 400 and answer.error == "illegal_argument_exception":
+        # OpenSearch before 2.8 does not know how to ask primaries.
+        answer = await _search(http, names, query, SAME_COPIES)
+        http.preference = SAME_COPIES if answer.status == 200 else wanted
     raise_refused(answer)
     return answer
+
+
+async def _search(http: SearchHttp, names: str, query: bytes, preference: str) -> Answer:
+    params = {"allow_partial_search_results": "false", "preference": preference}
+    return await http.send(Request("POST", f"/{names}/_search", query, params))
 
 
 def complete(answer: Answer, shape: type[_S]) -> _S:

@@ -11,18 +11,21 @@ from typing import Any
 
 from outbox.errors import SettingsError, Unavailable
 from outbox.event import SyncEvent
-from outbox.secondaries.base import Outcome, Rejected, ResourceDigest, Retry
+from outbox.secondaries.base import Outcome, Rejected, ResourceDigest
 from outbox.secondaries.opensearch_answer import raise_refused, raise_unreadable
 from outbox.secondaries.opensearch_bulk import (
     INDEX_MISSING,
-    SECONDARY_FAULTS,
+    Fault,
+    Found,
     Write,
+    blamed,
     bulk_body,
     outcomes_of,
     parts_of,
     write_of,
 )
 from outbox.secondaries.opensearch_documents import LIVE, alias_name, document_id, index_body
+from outbox.secondaries.opensearch_generations import index_without_alias
 from outbox.secondaries.opensearch_http import NDJSON, Request, SearchHttp
 from outbox.secondaries.opensearch_overview import find_highest_position, list_scopes
 from outbox.secondaries.opensearch_reads import Listing, read_content, refresh_index
@@ -165,22 +168,15 @@ class SearchSecondary:
 
     async def _write(self, part: Sequence[Write]) -> list[Outcome] | None:
         """Write a part; None when the server finds it too large and it can be split."""
-        outcomes = await self._bulk(part)
-        if outcomes is None:
+        found = await self._bulk(part)
+        if found is None:
             return None
-        lost = [at for at, found in enumerate(outcomes) if _code(found) == INDEX_MISSING]
+        lost = [at for at, one in enumerate(found) if isinstance(one, Fault) and one.code == INDEX_MISSING]
         if lost:
-            await self._restore(part, outcomes, lost)
-        faults = [found for found in outcomes if _code(found) in SECONDARY_FAULTS]
-        if len(faults) == len(part) and isinstance(faults[0], Retry):
-            raise Unavailable(
-                faults[0].code,
-                "the search server refused every document for its own reasons",
-                retry_after=faults[0].after,
-            )
-        return outcomes
+            await self._restore(part, found, lost)
+        return blamed(found)
 
-    async def _restore(self, part: Sequence[Write], outcomes: list[Outcome], lost: Sequence[int]) -> None:
+    async def _restore(self, part: Sequence[Write], found: list[Found], lost: Sequence[int]) -> None:
         """Create the missing indices and write once more what found none."""
         writes = [part[at] for at in lost]
         try:
@@ -191,10 +187,10 @@ class SearchSecondary:
             if len(lost) == len(part):
                 raise
             return
-        for at, found in zip(lost, again or (), strict=again is not None):
-            outcomes[at] = found
+        for at, one in zip(lost, again or (), strict=again is not None):
+            found[at] = one
 
-    async def _bulk(self, part: Sequence[Write]) -> list[Outcome] | None:
+    async def _bulk(self, part: Sequence[Write]) -> list[Found] | None:
         # Without `require_alias` a server that lost an index would make one up, without our mapping and our alias.
         request = Request("POST", "/_bulk", bulk_body(part), {"require_alias": "true"}, NDJSON)
         answer = await self._http.send(request)
@@ -204,16 +200,20 @@ class SearchSecondary:
         return outcomes_of(answer, part)
 
     async def _create_index(self, write: Write) -> None:
+        """Create the index behind an alias; one that is left and only lost its alias gets it back, guard and all."""
+        left = await index_without_alias(self._http, self._prefix, write.alias)
+        if left is None and await self._is_created(write):
+            return
+        add = {"index": left or write.index, "alias": write.alias, "filter": LIVE}
+        actions = json.dumps({"actions": [{"add": add}]}).encode()
+        raise_refused(await self._http.send(Request("POST", "/_aliases", actions)))
+
+    async def _is_created(self, write: Write) -> bool:
+        """Create an index together with its alias; False when somebody else did by now."""
         mapping = self._mapping(write.resource_type) if callable(self._mapping) else self._mapping
         body = index_body(write.alias, mapping, self._settings)
-        create = Request("PUT", f"/{write.index}", json.dumps(body).encode())
-        answer = await self._http.send(create)
+        answer = await self._http.send(Request("PUT", f"/{write.index}", json.dumps(body).encode()))
         if answer.error == "resource_already_exists_exception":
-            add = {"index": write.index, "alias": write.alias, "filter": LIVE}
-            actions = json.dumps({"actions": [{"add": add}]}).encode()
-            answer = await self._http.send(Request("POST", "/_aliases", actions))
+            return False
         raise_refused(answer)
-
-
-def _code(outcome: Outcome) -> str | None:
-    return outcome.code if isinstance(outcome, Retry) else None
+        return True

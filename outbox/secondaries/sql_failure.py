@@ -12,10 +12,12 @@ __all__ = ["FAILURES", "code_of", "is_contention", "is_fault_of_a_row", "is_over
 FAILURES = (DBAPIError, PoolTimeout, OSError, asyncpg.PostgresError, asyncpg.InterfaceError)
 
 # What one row can be blamed for: data, integrity, view check, raised by a trigger, program limits. MySQL's numbers
-# stand where its SQLSTATE says nothing: wrong value for a field, check violated.
-_ROW_AT_FAULT = ("22", "23", "44", "45", "54", "P0", "1366", "3819", "SQLITE_CONSTRAINT", "SQLITE_TOOBIG")
-# Serialization failure, deadlock, lock not available; and MySQL's lock wait timeout.
-_CONTENDED = ("40001", "40P01", "55P03", "1205")
+# stand where its SQLSTATE says nothing, or its driver keeps that to itself: null, duplicate, out of range, wrong value
+# for a date or a field, too long, signalled by a trigger, check violated there and in MariaDB.
+_MYSQL_ROW_AT_FAULT = ("1048", "1062", "1264", "1292", "1366", "1406", "1644", "3819", "4025")
+_ROW_AT_FAULT = ("22", "23", "44", "45", "54", "P0", *_MYSQL_ROW_AT_FAULT, "SQLITE_CONSTRAINT", "SQLITE_TOOBIG")
+# Serialization failure, deadlock, lock not available; and MySQL's lock wait timeout and deadlock.
+_CONTENDED = ("40001", "40P01", "55P03", "1205", "1213")
 # The server's own limit for a statement was reached: PostgreSQL's, MariaDB's, MySQL's.
 _OVERTIME = ("57014", "70100", "1969", "3024")
 

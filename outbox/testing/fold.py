@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections import defaultdict
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -54,6 +55,8 @@ class _Folding(TableFolding):
     def __init__(self) -> None:
         super().__init__()
         self._names: dict[tuple[str, ...], tuple[str, ...]] = {}
+        # Of each target and fault, where in the target's faults those stand that are not over.
+        self._open: dict[tuple[str, str], list[int]] = defaultdict(list)
 
     def opened(self, record: said.Opened) -> None:
         if record.backend_id:
@@ -160,14 +163,17 @@ class _Folding(TableFolding):
         self.facts.operations[record.how] += 1
 
     def fired(self, record: said.Fired) -> None:
-        self.facts.faults[record.against].append((record.at, 0))
+        faults = self.facts.faults[record.against]
+        self._open[record.against, record.fault].append(len(faults))
+        faults.append((record.at, 0))
         self.facts.fired[record.fault] += 1
         self.facts.last_fault = max(self.facts.last_fault, record.at)
 
     def healed(self, record: said.Healed) -> None:
-        faults = self.facts.faults[record.against]
-        if faults:
-            faults[-1] = (faults[-1][0], record.at)
+        faults, still = self.facts.faults[record.against], self._open[record.against, record.fault]
+        if still:
+            at = still.pop()
+            faults[at] = (faults[at][0], record.at)
         self.facts.last_fault = max(self.facts.last_fault, record.at)
 
     def damaged(self, record: said.Damaged) -> None:

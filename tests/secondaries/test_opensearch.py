@@ -6,7 +6,7 @@ import asyncio
 import json
 import os
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Iterator, Sequence
 from datetime import timedelta
 from typing import Any
 from uuid import uuid4
@@ -171,14 +171,51 @@ async def test_a_server_that_lost_everything_gets_index_mapping_and_alias_again(
     await search.aclose()
 
 
+async def lose_alias(search: OpenSearchSecondary, direct: Direct) -> str:
+    """Take the alias of patients away; return it."""
+    alias = search.search_name("Patient")
+    assert (await direct.ask("DELETE", f"/all.*/_alias/{alias}"))[0] == 200
+    return alias
+
+
+async def rebuild(search: OpenSearchSecondary, batch: Sequence[SyncEvent]) -> None:
+    fresh = await search.fresh("fresh")
+    await fresh.apply(batch)
+    await fresh.switch(["Patient"])
+    await fresh.drop_old()
+
+
+@pytest.mark.parametrize("rebuilds", [0, 1, 2])
 async def test_a_lost_alias_comes_back_and_the_guard_was_never_gone(
-    search: OpenSearchSecondary, prefix: str, direct: Direct
+    search: OpenSearchSecondary, direct: Direct, rebuilds: int
 ):
-    await search.apply([write("p", 1), remove("q", 5)])
-    alias, index = search.search_name("Patient"), index_name(prefix, "Patient")
-    assert (await direct.ask("DELETE", f"/{index}/_alias/{alias}"))[0] == 200
+    batch = [write("p", 1), remove("q", 5)]
+    await search.apply(batch)
+    for _ in range(rebuilds):
+        await rebuild(search, batch)
+    alias = await lose_alias(search, direct)
     assert await search.apply([write("q", 4), write("r", 6)]) == [Stale(), Applied()]
     assert await direct.found(alias) == 2
+
+
+async def test_a_lost_alias_does_not_come_back_before_what_is_still_filled(search: OpenSearchSecondary, direct: Direct):
+    await search.apply([write("p", 1), remove("q", 5)])
+    fresh = await search.fresh("fresh")
+    await fresh.apply([write("p", 1)])
+    alias = await lose_alias(search, direct)
+    assert await search.apply([write("q", 4)]) == [Stale()]
+    assert list((await direct.ask("GET", f"/_alias/{alias}"))[1]) == [f"all.{alias}"]
+
+
+async def test_a_lost_alias_is_not_guessed_between_two_indices(
+    search: OpenSearchSecondary, prefix: str, direct: Direct
+):
+    await rebuild(search, [remove("q", 5)])
+    assert (await direct.ask("PUT", f"/{index_name(prefix, 'Patient')}", {}))[0] == 200
+    await lose_alias(search, direct)
+    with pytest.raises(Unavailable) as caught:
+        await search.apply([write("q", 4)])
+    assert caught.value.code == "alias_lost"
 
 
 async def test_another_index_under_our_name_is_not_written_to(search: OpenSearchSecondary, direct: Direct):

@@ -35,11 +35,12 @@ class SearchServer:
 
     def __init__(self) -> None:
         self.bulk: Callable[[Items], Any] = answered
-        self.search: Callable[[], Any] = lambda: web.json_response(page())
+        self.search: Callable[[], Any] = found_nothing
         self.create: Callable[[], web.Response] = lambda: web.json_response({"acknowledged": True})
         self.bulks: list[Items] = []
         self.sizes: list[int] = []
         self.created: list[str] = []
+        self.preferences: list[str] = []
         self.elsewhere = 0
         self.authorization: set[str | None] = set()
         self.url = ""
@@ -59,10 +60,14 @@ class SearchServer:
         return await made if asyncio.iscoroutine(made) else made
 
     async def on_search(self, request: web.Request) -> web.StreamResponse:
+        self.preferences.append(request.query["preference"])
         return self.search()
 
     async def on_aliases(self, request: web.Request) -> web.StreamResponse:
         return web.json_response({"all.outbox-patient": {"aliases": {"outbox-patient": {}}}})
+
+    async def on_layout(self, request: web.Request) -> web.StreamResponse:
+        return web.json_response({})
 
     async def on_elsewhere(self, request: web.Request) -> web.StreamResponse:
         self.elsewhere += 1
@@ -99,6 +104,10 @@ def page(**changed: Any) -> dict[str, Any]:
     return {"timed_out": False, "_shards": {"failed": 0}, "hits": {"hits": []}, **changed}
 
 
+def found_nothing() -> web.Response:
+    return web.json_response(page())
+
+
 @pytest.fixture
 async def server() -> AsyncIterator[SearchServer]:
     async with running(SearchServer()) as server:
@@ -111,6 +120,7 @@ async def running(server: SearchServer) -> AsyncIterator[SearchServer]:
     app.router.add_post("/_bulk", server.on_bulk)
     app.router.add_post("/{name}/_search", server.on_search)
     app.router.add_get("/_alias/{name}", server.on_aliases)
+    app.router.add_get("/{name}/_alias", server.on_layout)
     app.router.add_route("*", "/elsewhere", server.on_elsewhere)
     app.router.add_route("*", "/{rest:.*}", server.on_other)
     runner = web.AppRunner(app, shutdown_timeout=1)
@@ -244,6 +254,7 @@ async def test_a_200_that_is_no_bulk_answer_leaves_everything_unknown(search: Se
         (403, "cluster_block_exception", Retry("cluster_block_exception")),
         (429, "rejected_execution_exception", Retry("rejected_execution_exception")),
         (503, "unavailable_shards_exception", Retry("unavailable_shards_exception")),
+        (429, "circuit_breaking_exception", Retry("circuit_breaking_exception")),
         (500, "null_pointer_exception", Retry("null_pointer_exception")),
     ],
 )
@@ -259,10 +270,23 @@ async def test_an_item_error_of_its_own_never_blames_the_secondary(search: Searc
     assert await search.apply(batch(1)) == [Retry("null_pointer_exception")]
 
 
-async def test_when_the_cluster_refuses_every_item_the_secondary_is_unavailable(search: Search, server: SearchServer):
-    kind = "unavailable_shards_exception"
-    server.bulk = lambda items: answered([failed(item, 503, kind) for item in items])
-    assert (await refusal(search)).code == kind
+@pytest.mark.parametrize(
+    ("status", "kind_of_error"),
+    [
+        (503, "unavailable_shards_exception"),
+        (403, "cluster_block_exception"),
+        (429, "circuit_breaking_exception"),
+        (503, "nobody_ever_heard_of_it"),
+    ],
+)
+async def test_when_the_cluster_refuses_every_item_the_secondary_is_unavailable(
+    search: Search, server: SearchServer, status: int, kind_of_error: str
+):
+    """Guarantee 8: an outage costs no event its attempts, whatever the server calls it."""
+    refuse = {"Retry-After": "7"}
+    server.bulk = lambda items: answered([failed(item, status, kind_of_error) for item in items], **refuse)
+    error = await refusal(search)
+    assert (error.code, error.retry_after) == (kind_of_error, timedelta(seconds=7))
 
 
 async def test_a_throttled_item_carries_the_wait(search: Search, server: SearchServer):
@@ -524,6 +548,39 @@ async def test_an_index_that_goes_away_in_the_middle_ends_no_listing(search: Sea
     for ask in questions(search):
         with pytest.raises(Unavailable):
             await ask
+
+
+async def test_searches_ask_copies_that_a_refresh_makes_new(search: Search, server: SearchServer):
+    """Where replicas copy segments, one may lag behind a refresh; only OpenSearch knows that and offers primaries."""
+    for _ in range(2):
+        assert await search.find("acme", "Patient", ["p"]) == []
+    assert server.preferences == ["_primary" if isinstance(search, OpenSearchSecondary) else "outbox-scan"] * 2
+
+
+async def test_a_server_that_offers_no_primaries_is_asked_without_them_from_then_on(server: SearchServer):
+    def before_2_8() -> web.Response:
+        error = {"error": {"type": "illegal_argument_exception"}, "status": 400}
+        return web.json_response(error, status=400) if server.preferences[-1] == "_primary" else found_nothing()
+
+    server.search = before_2_8
+    search = OpenSearchSecondary("search", server.url)
+    at_once = [search.find("acme", "Patient", ["p"]) for _ in range(2)]
+    assert await asyncio.gather(*at_once) == [[], []]
+    server.preferences.clear()
+    assert await search.find("acme", "Patient", ["p"]) == []
+    assert server.preferences == ["outbox-scan"]
+    await search.aclose()
+
+
+async def test_a_refusal_for_another_reason_does_not_end_the_asking_of_primaries(server: SearchServer):
+    error = {"error": {"type": "illegal_argument_exception"}, "status": 400}
+    server.search = lambda: web.json_response(error, status=400)
+    search = OpenSearchSecondary("search", server.url)
+    for _ in range(2):
+        with pytest.raises(Unavailable):
+            await search.find("acme", "Patient", ["p"])
+    assert server.preferences == ["_primary", "outbox-scan"] * 2
+    await search.aclose()
 
 
 async def test_credentials_of_a_client_reach_the_server(server: SearchServer):
