@@ -17,10 +17,10 @@ from outbox.token import SyncToken
 
 __all__ = ["BULK", "BULK_FAILED", "BulkStatus", "FailedResource", "bulk_statuses", "record_bulk"]
 
-# Whom an event of the bulk is owed to is taken from the registry as it is now.
+# Whom an event of the bulk is owed to is taken from the registry as it is now; whoever came later never was owed it.
 _MEMBERS = """
 with member as materialized (
-    select event.event_id, event.tenant_id, event.resource_type, event.resource_id,
+    select event.event_id, event.tenant_id, event.resource_type, event.resource_id, event.created_at,
            cast(hashtextextended(event.tenant_id, 0) & 63 as smallint) as lane,
            hashtextextended(event.tenant_id || '/' || event.resource_type || '/' || event.resource_id, 0) as key_hash
     from {schema}.outbox as event where event.bulk_id = cast(:bulk_id as uuid)
@@ -32,7 +32,12 @@ with member as materialized (
            case when delivery.event_id is not null then 'pending'
                 when hold.state in ('dead', 'retrying') then hold.state
                 when hold.state is not null or in_hand.event_id is not null then 'pending'
-                when discarded.event_id is not null then 'discarded'
+                when exists (
+                    select from {schema}.outbox_discarded as discarded
+                    where discarded.backend_id = secondary.backend_id and discarded.key_hash = member.key_hash
+                      and member.event_id between discarded.oldest_id and discarded.event_id
+                    offset 0
+                ) then 'discarded'
                 else 'done' end as state
     from {schema}.outbox_secondary as secondary
     cross join member
@@ -43,11 +48,8 @@ with member as materialized (
       on hold.backend_id = secondary.backend_id and hold.key_hash = member.key_hash
      and hold.tenant_id = member.tenant_id and hold.resource_type = member.resource_type
      and hold.resource_id = member.resource_id and hold.page = 0 and hold.oldest_id <= member.event_id
-    left join {schema}.outbox_discarded as discarded
-      on discarded.backend_id = secondary.backend_id and discarded.key_hash = member.key_hash
-     and member.event_id between discarded.oldest_id and discarded.event_id
     left join in_hand on in_hand.backend_id = secondary.backend_id and in_hand.event_id = member.event_id
-    where secondary.status <> 'removed'
+    where secondary.status not in ('draining', 'removed') and secondary.registered_at <= member.created_at
       and (secondary.tenant_ids is null or member.tenant_id = any (secondary.tenant_ids))
       and (secondary.resource_types is null or member.resource_type = any (secondary.resource_types))
 )
@@ -127,7 +129,7 @@ async def record_bulk(
 
 
 async def bulk_statuses(engine: AsyncEngine, schema: str, bulk_id: UUID, most: int) -> list[BulkStatus]:
-    """Return what became of a bulk on every secondary that wants any of it, with up to `most` that failed in all."""
+    """Return what became of a bulk on every secondary that was owed any of it and is, with up to `most` that failed."""
     parameters: dict[str, Any] = {"bulk_id": str(bulk_id)}
     snapshot = engine.execution_options(isolation_level="REPEATABLE READ")
     async with snapshot.connect() as connection:

@@ -98,6 +98,7 @@ async def claim(
         "shares": asked.shares,
     }
     [(attempt_ids, lanes_taken, deliveries)] = await connection.fetch(*CLAIM.arguments(schema, parameters))
+    turn.check_opened(attempt_ids)
     taken = list(zip(lanes_taken or (), deliveries or (), strict=True))
     lanes.learn(asked, taken, full=sum(deliveries or ()) >= most)
     return sorted(attempt_ids)

@@ -90,7 +90,15 @@ select (select case when is_called then last_value else 0 end from {schema}.outb
        ) as highest,
        (
            select seqcache from pg_sequence where seqrelid = cast('{schema}.outbox_event_id_seq' as regclass)
-       ) as in_advance
+       ) as in_advance,
+       (select case when is_called then last_value else 0 end from {schema}.outbox_attempt_attempt_id_seq) as opened,
+       (
+           select coalesce(max(greatest(secondary.folded_through, (
+               select max(attempt.attempt_id) from {schema}.outbox_attempt as attempt
+               where attempt.backend_id = secondary.backend_id
+           ))), 0)
+           from {schema}.outbox_secondary as secondary
+       ) as counted
 """)
 
 # A comparison of everything since, with nothing left that differs, is what ends a doubt.
@@ -165,14 +173,18 @@ async def _vacuum(case: Case) -> Sequence[Finding]:
 
 
 async def _sequence(case: Case) -> Sequence[Finding]:
-    given, highest, in_advance = await case.row(SEQUENCE)
+    given, highest, in_advance, opened, counted = await case.row(SEQUENCE)
+    schema = case.config.database_schema
     if highest > given:
         said = f"the tables hold position {highest:,}, and the sequence has only given {given:,}: it was set back"
         return found_wrong("sequence", said, "outbox doctor --repair, then reconcile every secondary")
+    if counted > opened:
+        said = f"there was attempt {counted}, and the sequence of attempts has only given {opened}: it was set back"
+        return found_wrong("sequence", said, f"select setval('{schema}.outbox_attempt_attempt_id_seq', {counted})")
     if in_advance > 1:
         # Floors, and a relay at rest, go by the highest one given: a session may still use what it has below.
         said = f"sessions are given {in_advance} positions in advance: what is written with them may be passed by"
-        once = f"alter sequence {case.config.database_schema}.outbox_event_id_seq cache 1"
+        once = f"alter sequence {schema}.outbox_event_id_seq cache 1"
         advice = f"{once}; when all who write have connected anew, reconcile every secondary"
         return found_wrong("sequence", said, advice)
     return found_ok("sequence", f"positions are given up to {given:,}, and none is higher")

@@ -9,8 +9,9 @@ from sqlalchemy.ext.asyncio import AsyncEngine
 from outbox.errors import SettingsError, UnknownSecondary
 from outbox.settings import SyncConfig
 from outbox.statement import Statement
+from outbox.turn import ALL_TURNS
 
-__all__ = ["COUNT", "DISCARD", "GO_ON", "PAUSE", "REDRIVE", "TAKE", "Operator", "Which"]
+__all__ = ["COUNT", "DISCARD", "GO_ON", "PAUSE", "REDRIVE", "Operator", "Which"]
 
 _LONGEST_REASON = 1_024
 
@@ -41,15 +42,6 @@ with again as (
     returning hold.backend_id
 )
 select count(*) as keys from again
-""".replace("[chosen]", _CHOSEN)
-)
-
-# Whoever puts an event behind a hold takes the hold first: once this has it, nobody does.
-TAKE = Statement(
-    """
-select from {schema}.outbox_hold as hold
-where [chosen]
-for update
 """.replace("[chosen]", _CHOSEN)
 )
 
@@ -132,7 +124,9 @@ class Operator:
 
     async def redrive(self, which: Which | None = None, *, dry_run: bool = False) -> int:
         """Try failures again at once, all or those that match, with all attempts before them; return how many keys."""
-        keys = await self._touch(COUNT if dry_run else REDRIVE, which or Which())
+        if dry_run:
+            return await self._count(which or Which())
+        keys = await self._touch(REDRIVE, which or Which())
         self.ring()
         return keys
 
@@ -144,8 +138,8 @@ class Operator:
         if not 1 <= len(reason) <= _LONGEST_REASON or not reason.isprintable():
             raise SettingsError("reason", f"must have 1 to {_LONGEST_REASON} printable characters")
         if dry_run:
-            return await self._touch(COUNT, which)
-        return await self._touch(DISCARD, which, before=TAKE, reason=reason)
+            return await self._count(which)
+        return await self._touch(DISCARD, which, reason=reason)
 
     async def pause(self, backend_id: str) -> None:
         """Carry nothing more to a secondary, from the next claim on; what is owed to it is kept and grows.
@@ -166,9 +160,14 @@ class Operator:
         if row is None:
             raise UnknownSecondary(backend_id, "the registry has no such secondary that is live or paused")
 
-    async def _touch(self, statement: Statement, which: Which, before: Statement | None = None, **more: str) -> int:
+    async def _count(self, which: Which) -> int:
+        async with self.engine.connect() as connection:
+            sql = text(COUNT.on(self.config.database_schema))
+            return int((await connection.execute(sql, msgspec.structs.asdict(which))).scalar_one())
+
+    async def _touch(self, statement: Statement, which: Which, **more: str) -> int:
         schema, chosen = self.config.database_schema, msgspec.structs.asdict(which)
         async with self.engine.begin() as connection:
-            if before is not None:
-                await connection.execute(text(before.on(schema)), chosen)
+            # The registry before the holds, as in a claim: the other way round they would wait for each other.
+            await connection.execute(text(ALL_TURNS.on(schema)), {"backend_id": which.backend_id})
             return int((await connection.execute(text(statement.on(schema)), chosen | more)).scalar_one())

@@ -40,7 +40,9 @@ on conflict (backend_id) do update
 set role = excluded.role, mode = excluded.mode, ordering = excluded.ordering, tenant_ids = excluded.tenant_ids,
     resource_types = excluded.resource_types,
     status = case when cast(:revive as boolean) and secondary.status = 'removed' then 'shadow'
-                  else secondary.status end
+                  else secondary.status end,
+    registered_at = case when cast(:revive as boolean) and secondary.status = 'removed' then excluded.registered_at
+                         else secondary.registered_at end
 """)
 
 _BACKEND_ID = re.compile(r"[a-z][a-z0-9_-]{0,62}")

@@ -261,6 +261,7 @@ async def resume(
         "shares": asked.shares,
     }
     rows = await connection.fetch(*RESUME.arguments(schema, parameters))
+    turn.check_opened([row[0] for row in rows if row[0] is not None])
     if not alone:
         lanes.lined = {row[1] for row in rows if row[0] is None}
         lanes.learn(asked, [row[1:] for row in rows], full=sum(row[2] for row in rows) >= batch_size)

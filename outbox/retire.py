@@ -11,6 +11,7 @@ from sqlalchemy import text
 from sqlalchemy.ext.asyncio import AsyncEngine
 
 from outbox.statement import Statement
+from outbox.turn import ALL_TURNS
 
 __all__ = ["RETIRE_ATTEMPTS", "RETIRE_DELIVERIES", "RETIRE_HOLDS", "Removal", "retire"]
 
@@ -150,6 +151,8 @@ async def _all(engine: AsyncEngine, statement: Statement, schema: str, backend_i
     events = 0
     while True:
         async with engine.begin() as connection:
+            # The registry before the holds, as whoever discards does.
+            await connection.execute(text(ALL_TURNS.on(schema)), {"backend_id": backend_id})
             row = (await connection.execute(text(statement.on(schema)), parameters)).one()
         events += int(row.events)
         if not row.touched:

@@ -38,7 +38,11 @@ where backend_id = :backend_id and status in ('shadow', 'live', 'paused', 'drain
 returning status
 """)
 
+# Whatever comes after may be cut off, and it can come back without another removal.
 REMOVE = Statement("""
+with forgotten as (
+    delete from {schema}.outbox_backfill where backend_id = :backend_id
+)
 update {schema}.outbox_secondary set status = 'removed'
 where backend_id = :backend_id
 returning status
@@ -47,7 +51,7 @@ returning status
 # What was filled before it was owed nothing may have changed since: it is filled from the beginning.
 REJOIN = Statement("""
 with again as (
-    update {schema}.outbox_secondary set status = 'shadow'
+    update {schema}.outbox_secondary set status = 'shadow', registered_at = clock_timestamp()
     where backend_id = :backend_id and status in ('draining', 'removed')
     returning backend_id
 )
@@ -182,6 +186,7 @@ class Roster(Prover):
             await self._refuse_owed(await self._standing(backend_id))
         await self._stand(REMOVE, backend_id, "there")
         await settled(self.engine, self.config.database_schema)
+        # What a backfill that was under way has written since.
         await self._execute(FORGET_BACKFILL, backend_id)
         return await retire(self.engine, self.config.database_schema, backend_id, reason)
 
@@ -212,12 +217,13 @@ class Roster(Prover):
             tell(f"filling {backend_id}; what was filled before is not filled again")
             await self.backfill(backend_id, progress=_seldom(tell))
             for _ in range(_ROUNDS):
-                dead = await self.drained(backend_id, tell=tell)
+                await self.drained(backend_id, tell=tell)
                 proof = await self.reconcile(backend_id, repair=True, actor="outbox add", reason=_WHY)
                 tell(f"compared {proof.primary_count:,} resources: {_differences(proof)} differ")
                 if proof.in_sync or not proof.repaired:
                     break
-        return proof, dead
+            # A comparison leaves out what is in flight: how that ends is part of the answer.
+            return proof, await self.drained(backend_id, tell=tell)
 
     @asynccontextmanager
     async def _carrying(self, registration: Registration) -> AsyncIterator[None]:

@@ -106,4 +106,5 @@ async def seize(
         "lease": lease,
     }
     attempt_id: int | None = await connection.fetchval(*SEIZE.arguments(schema, parameters))
+    turn.check_opened([] if attempt_id is None else [attempt_id])
     return attempt_id

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
 import msgspec
 
+from outbox.errors import OutboxError
 from outbox.statement import Statement
 
 if TYPE_CHECKING:
     import asyncpg
 
-__all__ = ["LOOKED", "SET_BACK", "TURN", "Turn", "say_looked", "set_back", "take_turn"]
+__all__ = ["ALL_TURNS", "LOOKED", "SET_BACK", "TURN", "Turn", "say_looked", "set_back", "take_turn"]
 
 # The registry row is taken in a statement of its own: the claim's snapshot, taken after, then shows every
 # earlier claim of this secondary. SKIP LOCKED, because whoever holds the row is claiming already.
@@ -48,6 +50,14 @@ where secondary.backend_id = :backend_id
 for no key update of secondary skip locked
 """)
 
+# Whoever puts an event behind a hold has the turn: whoever touches holds beside the claims, of one secondary or of all,
+# waits for it, and meanwhile claims pass by.
+ALL_TURNS = Statement("""
+select from {schema}.outbox_secondary as secondary
+where cast(:backend_id as text) is null or secondary.backend_id = :backend_id
+order by secondary.backend_id
+for no key update of secondary
+""")
 
 # Of several relays one is enough. A time that is still to come is of a clock that was wrong.
 LOOKED = Statement("""
@@ -58,8 +68,9 @@ where backend_id = :backend_id
        or looked_at not between statement_timestamp() - cast(:every as interval) / 2 and statement_timestamp())
 """)
 
-# What was to come by the old time comes as much earlier. A lease is of the old time if it had not run out when a relay
-# last looked; what was renewed since ends before that.
+# What was to come by the old time comes as much earlier, and so did what happened by it. A lease is of the old time if
+# it had not run out when a relay last looked; what was renewed since ends before that. A doubt is never set before a
+# comparison whose time stays as it is: that one may have come first.
 SET_BACK = Statement("""
 with waiting as materialized (
     select hold.row_id
@@ -80,10 +91,26 @@ with waiting as materialized (
     set lease_until = lease_until - cast(:ahead as interval)
     where backend_id = :backend_id and attempt_id > :folded_through and finished_at is null
       and lease_until > statement_timestamp() + cast(:ahead as interval)
+), compared as (
+    update {schema}.outbox_reconciliation
+    set started_at = case when started_at > statement_timestamp() then started_at - cast(:ahead as interval)
+                          else started_at end,
+        finished_at = finished_at - cast(:ahead as interval)
+    where backend_id = :backend_id and finished_at > statement_timestamp()
 )
-update {schema}.outbox_secondary
-set looked_at = statement_timestamp(), breaker_until = breaker_until - cast(:ahead as interval)
-where backend_id = :backend_id
+update {schema}.outbox_secondary as secondary
+set looked_at = statement_timestamp(), breaker_until = breaker_until - cast(:ahead as interval),
+    proof_at = case when proof_at > statement_timestamp() then proof_at - cast(:ahead as interval)
+                    else proof_at end,
+    doubted_at = case when doubted_at > statement_timestamp() then greatest(doubted_at - cast(:ahead as interval), (
+                          select max(run.started_at) from {schema}.outbox_reconciliation as run
+                          where run.backend_id = secondary.backend_id and run.tenant_id is null
+                            and run.resource_type is null and run.started_at <= statement_timestamp()
+                      ))
+                      else doubted_at end,
+    registered_at = case when registered_at > statement_timestamp() then registered_at - cast(:ahead as interval)
+                         else registered_at end
+where secondary.backend_id = :backend_id
 """)
 
 
@@ -113,6 +140,14 @@ class Turn(msgspec.Struct, frozen=True):
     def at_rest(self) -> bool:
         """Whether nothing is held and nothing in hand: only a new position brings work."""
         return self.breaker == "closed" and not (self.holds or self.open_attempts)
+
+    def check_opened(self, attempt_ids: Sequence[int]) -> None:
+        """Raise `OutboxError` for an attempt that nobody would see, as its number was counted before: open none."""
+        if attempt_ids and min(attempt_ids) <= self.folded_through:
+            raise OutboxError(
+                f"attempt {min(attempt_ids)} was opened when all up to {self.folded_through} had been counted: the "
+                "sequence of attempts was set back; `outbox doctor` says how to mend it"
+            )
 
 
 async def take_turn(connection: asyncpg.Connection[Any], schema: str, backend_id: str) -> Turn | None:

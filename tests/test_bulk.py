@@ -21,6 +21,7 @@ from outbox import (
     SyncEvent,
     SyncMode,
     SyncState,
+    Which,
 )
 from outbox.secondaries.base import Rejected, Retry
 from tests.relaying import change, execute, manager_of, rows, running, value, write
@@ -154,6 +155,36 @@ async def test_what_is_done_of_it_is_not_the_whole(primary: AsyncEngine) -> None
     assert (status.state, status.error_code) == (SyncState.DEAD, "malformed")
     (bulk,) = await manager.bulk_status(bulk_id)
     assert (bulk.done, bulk.dead) == (999, 1)
+
+
+async def test_a_secondary_that_was_never_owed_it_has_nothing_of_it(primary: AsyncEngine) -> None:
+    """D16: one that drains, one that came later, and one that was away meanwhile say nothing, rather than complete."""
+    everybody = [ScriptedSecondary(name) for name in ("away", "drains", "later", "search")]
+    manager = manager_of(primary, *everybody)
+    await manager_of(primary, *(each for each in everybody if each.backend_id != "later")).register()
+    await manager.drain("drains")
+    await manager.remove("away")
+    bulk_id, _ = await manager.sync_bulk(resources(2))
+    await manager.register()
+    assert (await manager.backend_status("away")).status == "shadow"
+    await manager.relay().drain()
+    assert [(each.backend_id, each.complete) for each in await manager.bulk_status(bulk_id)] == [("search", True)]
+
+
+async def test_what_was_given_up_twice_is_counted_once(primary: AsyncEngine) -> None:
+    """D50: notes of a key may overlap: of what was in hand, and of what was held, the oldest is the same."""
+    secondary = ScriptedSecondary("search")
+    secondary.always("1", Rejected("malformed", "no"))
+    manager = manager_of(primary, secondary)
+    await manager.register()
+    bulk_id, _ = await manager.sync_bulk(resources(3))
+    await manager.relay().drain()
+    await manager.discard(Which(), reason="not worth it")
+    names = "backend_id, key_hash, oldest_id, tenant_id, resource_type, resource_id, events, attempts, reason"
+    again = "insert into outbox_discarded ({0}, event_id) select {0}, event_id + 1 from outbox_discarded"
+    await execute(primary, again.format(names))
+    (status,) = await manager.bulk_status(bulk_id)
+    assert (status.events, status.done, status.discarded) == (3, 2, 1)
 
 
 async def test_a_hundred_thousand_resources_in_bounded_memory(primary: AsyncEngine) -> None:

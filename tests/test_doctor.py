@@ -339,6 +339,23 @@ async def test_a_sequence_that_was_set_back(primary: AsyncEngine, manager: SyncM
     await write(manager, change("four"))
 
 
+@pytest.mark.parametrize("folded", [True, False], ids=["folded", "kept"])
+async def test_a_sequence_of_attempts_that_was_set_back(
+    primary: AsyncEngine, manager: SyncManager, folded: bool
+) -> None:
+    """S5: what is opened with a number that was counted before is seen by nobody."""
+    await execute(primary, "update outbox_secondary set folded_through = (select max(attempt_id) from outbox_attempt)")
+    highest = await value(primary, "select folded_through from outbox_secondary")
+    gone = "delete from outbox_attempt" if folded else "update outbox_secondary set folded_through = 0"
+    await execute(primary, gone)
+    assert (await found(manager, "sequence")).verdict is Verdict.OK
+    await execute(primary, "alter sequence outbox_attempt_attempt_id_seq restart")
+    finding = await found(manager, "sequence")
+    assert (finding.verdict, f"attempt {highest}" in finding.found) == (Verdict.WRONG, True)
+    await execute(primary, finding.advice)
+    assert (await found(manager, "sequence")).verdict is Verdict.OK
+
+
 async def test_a_sequence_that_gives_positions_to_sessions_in_advance(
     primary: AsyncEngine, manager: SyncManager
 ) -> None:

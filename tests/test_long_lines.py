@@ -12,6 +12,7 @@ from sqlalchemy.ext.asyncio import AsyncEngine
 from outbox import Registration, SyncManager, SyncState, SyncToken, Which, record
 from outbox.prune import fold
 from outbox.secondaries.base import Rejected, Retry
+from outbox.turn import take_turn
 from tests.relaying import change, claim_on, execute, manager_of, pending, raw, rows, running, value, write
 from tests.scripted import ScriptedSecondary
 from tests.waiting import eventually
@@ -233,6 +234,25 @@ async def test_whoever_gives_up_waits_for_whoever_puts_something_behind_it(
     assert await giving_up == 1
     assert await value(primary, "select count(*) from outbox_hold") == 0
     assert (await manager.backend_status("archive")).discarded == EVENTS + PAGE
+
+
+@pytest.mark.parametrize("touch", ["discard", "redrive"])
+async def test_a_claim_passes_by_whoever_touches_holds(
+    primary: AsyncEngine, archive: ScriptedSecondary, touch: str
+) -> None:
+    """The claim would else wait for a hold with the turn in hand, and the other for the turn with the hold."""
+    manager = await a_long_line(primary, archive)
+    await write(manager, change("long", EVENTS))
+    async with raw(primary) as last, last.transaction(), raw(primary) as connection:
+        await last.execute("update outbox_hold set lost = lost where page = 0")
+        which = Which(resource_id="long")
+        touching = manager.redrive(which) if touch == "redrive" else manager.discard(which, reason="not worth it")
+        task = asyncio.create_task(touching)
+        await eventually(lambda: somebody_is_blocked(primary))
+        async with connection.transaction():
+            assert await take_turn(connection, "public", "archive") is None
+    # A hold that changed meanwhile is asked once more, and still chosen.
+    assert await task == 1
 
 
 async def test_a_secondary_that_is_removed_takes_all_of_it_along(

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+from datetime import timedelta
 from typing import Any
+from uuid import uuid4
 
 import pytest
 from sqlalchemy.ext.asyncio import AsyncEngine
 
-from outbox import Registration, SyncManager
-from tests.relaying import change, execute, hold_of, manager_of, pending, running, value, write
+from outbox import OutboxError, Registration, Retry, SyncManager
+from outbox.schema import LANES
+from outbox.seize import seize
+from outbox.turn import take_turn
+from tests.relaying import change, execute, hold_of, manager_of, pending, raw, rows, running, value, write
 from tests.scripted import ScriptedSecondary
 from tests.waiting import eventually
 
+A_MINUTE = timedelta(minutes=1)
 Pair = tuple[ScriptedSecondary, SyncManager]
 
 
@@ -170,3 +176,42 @@ async def test_a_secondary_registered_by_somebody_else_is_left_to_them(primary: 
     await others_go_on(pair)
     assert await pending(primary, "theirs") == 5
     assert theirs.calls == []
+
+
+@pytest.mark.parametrize("take", ["claim", "resume", "seize"])
+async def test_an_attempt_whose_number_was_counted_before_is_not_opened(
+    primary: AsyncEngine, pair: Pair, take: str
+) -> None:
+    """S5: nobody would see it: neither that its keys are in hand, nor that its lease ran out."""
+    secondary, manager = pair
+    await write(manager, change("1"))
+    await manager.relay().drain()
+    await execute(primary, "update outbox_secondary set folded_through = 100")
+    if take == "resume":
+        secondary.script("1", Retry("busy"))
+        await execute(primary, "select setval('outbox_attempt_attempt_id_seq', 100)")
+        await write(manager, change("1", 1))
+        await manager.relay().drain()
+        assert await manager.redrive() == 1
+    await execute(primary, "delete from outbox_attempt")
+    await execute(primary, "alter sequence outbox_attempt_attempt_id_seq restart")
+    if take != "resume":
+        await write(manager, change("2"))
+    with pytest.raises(OutboxError, match="outbox doctor"):
+        await (_seize_all(primary) if take == "seize" else manager.relay().run_once("search"))
+    assert await pending(primary) == 1
+    assert await value(primary, "select count(*) from outbox_attempt") == 0
+
+
+async def _seize_all(primary: AsyncEngine) -> None:
+    event_ids = [row["event_id"] for row in await rows(primary, "select event_id from outbox_delivery")]
+    terms: dict[str, Any] = {
+        "relay_id": uuid4(),
+        "batch_size": 10,
+        "floors": [0] * LANES,
+        "lease": timedelta(minutes=1),
+    }
+    async with raw(primary) as connection, connection.transaction():
+        turn = await take_turn(connection, "public", "search")
+        assert turn is not None
+        await seize(connection, "public", backend_id="search", turn=turn, event_ids=event_ids, **terms)

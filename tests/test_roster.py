@@ -267,6 +267,24 @@ async def test_a_removed_secondary_comes_back_as_a_shadow_but_not_by_a_relay_tha
     assert await pending(primary, "live") == 1
 
 
+async def test_a_removal_that_is_cut_off_keeps_nothing_of_the_backfill(
+    primary: AsyncEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """D7, K4: it is cut off while it waits for the writers, and the secondary comes back without another removal."""
+    _, _, manager = await two(primary)
+    await execute(primary, FILLED)
+
+    async def cut_off(*_: Any) -> None:
+        raise asyncio.CancelledError
+
+    monkeypatch.setattr("outbox.roster.settled", cut_off)
+    with pytest.raises(asyncio.CancelledError):
+        await manager.remove("live", discard=True)
+    await manager.register()
+    assert await status_of(manager, "live") == "shadow"
+    assert await rows(primary, "select * from outbox_backfill") == []
+
+
 async def test_nothing_is_written_off_of_one_that_came_back_meanwhile(primary: AsyncEngine) -> None:
     """D7: the removal was still under way."""
     _, _, manager = await two(primary)

@@ -18,7 +18,15 @@ from sqlalchemy import select
 from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
-from outbox import MemorySecondary, Registration, SettingsError, SyncManager, UnknownSecondary
+from outbox import (
+    MemorySecondary,
+    ReconciliationResult,
+    Registration,
+    SettingsError,
+    StoredResource,
+    SyncManager,
+    UnknownSecondary,
+)
 from outbox.content import content_digest
 from outbox.secondaries.base import Rejected
 from outbox.secondaries.sql import SqlSecondary
@@ -174,6 +182,27 @@ async def test_one_that_does_not_become_equal_stays_a_shadow(ward: AsyncEngine) 
     assert held(new) == await contents(ward)
 
 
+async def test_a_key_that_dies_while_it_is_compared_is_a_difference(
+    ward: AsyncEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """D7: the comparison leaves out what is in flight, and what becomes of that is part of its answer."""
+    new = ScriptedSecondary("new")
+    manager = wards(ward, new)
+    await build_without_anybody(manager, ward)
+    new.always("77", Rejected("malformed"))
+    compare = manager.reconcile
+
+    async def compare_and_write(*names: Any, **terms: Any) -> ReconciliationResult:
+        proof = await compare(*names, **terms)
+        await build(manager, range(77, 78))
+        return proof
+
+    monkeypatch.setattr(manager, "reconcile", compare_and_write)
+    added = await manager.add("new")
+    assert added.proof.in_sync
+    assert (added.equal, added.status, added.dead) == (False, "shadow", 1)
+
+
 async def build_without_anybody(manager: SyncManager, engine: AsyncEngine) -> None:
     """Rows that were there before any outbox was."""
     async with engine.begin() as connection:
@@ -203,10 +232,12 @@ async def test_one_that_was_removed_is_added_again_from_the_beginning(ward: Asyn
     async with manager.session() as session, session.begin():
         await session.delete(await session.get(Ward, "3"))
         (await session.get_one(Ward, "4")).beds = 44
+    bulk_id, _ = await manager.sync_bulk([StoredResource(resource_type="Note", resource_id="1", content={})])
     await manager.relay().drain()
     assert held(new) != await contents(ward)
     assert (await manager.add("new")).status == "live"
     assert held(new) == await contents(ward)
+    assert [each.backend_id for each in await manager.bulk_status(bulk_id)] == ["old"]
 
 
 async def test_add_refuses_what_it_cannot_fill(ward: AsyncEngine) -> None:

@@ -200,6 +200,55 @@ async def test_a_clock_set_back_keeps_no_breaker_open(server: SetPostgres, engin
     assert await value(engine, "select sum(retried + lost) from outbox_attempt") == 0
 
 
+COMPARED = """
+    insert into outbox_reconciliation
+        (backend_id, repair, actor, reason, high_water, primary_count, secondary_count, missing, extra, stale, altered,
+         in_flight, repaired, refused, started_at)
+    values ('search', false, 'test', 'test', 0, 1, 1, :missing, 0, 0, 0, 0, 0, 0, clock_timestamp())
+"""
+TO_COME = """
+    select array(select name from (values
+        ('doubted', doubted_at), ('proof', proof_at), ('registered', registered_at),
+        ('begun', (select max(started_at) from outbox_reconciliation)),
+        ('ended', (select max(finished_at) from outbox_reconciliation))
+    ) as told (name, at) where at > clock_timestamp()) from outbox_secondary
+"""
+DOUBT = "update outbox_secondary set doubted_at = clock_timestamp(), proof_at = clock_timestamp()"
+
+
+async def test_a_clock_set_back_leaves_no_proof_to_come(server: SetPostgres, engine: AsyncEngine) -> None:
+    """T3: it is compared again when it should be, drift ends with the comparison that finds none, and doubt counts."""
+    await set_clock(server, engine, AN_HOUR)
+    _, manager = await one(engine)
+    await execute(engine, DOUBT)
+    await execute(engine, COMPARED, missing=1)
+    await look_once(manager)
+    await set_clock(server, engine, 0)
+    await execute(engine, COMPARED, missing=0)
+    checked = (await manager.backend_status("search")).checked
+    assert checked is not None
+    assert checked.left == 0, "the comparison that came last is not the latest"
+    await look_once(manager)
+    assert not await value(engine, TO_COME)
+    await execute(engine, COMPARED, missing=0)
+    assert (await manager.backend_status("search")).reasons == ()
+    await execute(engine, DOUBT)
+    (reason,) = (await manager.backend_status("search")).reasons
+    assert reason.startswith("history")
+
+
+async def test_a_clock_set_back_hides_no_doubt(engine: AsyncEngine) -> None:
+    """T3: what was compared by the old time, and is not to come by the new one, was compared before the doubt."""
+    _, manager = await one(engine)
+    await execute(engine, COMPARED, missing=0)
+    await execute(engine, "update outbox_reconciliation set started_at = now() - interval '10 seconds'")
+    await execute(engine, "update outbox_secondary set doubted_at = now() + interval '30 seconds'")
+    await execute(engine, "update outbox_secondary set looked_at = now() + interval '1 minute'")
+    await look_once(manager)
+    assert not await value(engine, TO_COME)
+    assert (await manager.backend_status("search")).doubted
+
+
 async def test_lag_is_never_negative_whichever_way_the_clock_was_set(server: SetPostgres, engine: AsyncEngine) -> None:
     """T7: of what waits, is in hand and is held; zero once nothing is owed."""
     secondary, manager = await one(engine)

@@ -1,5 +1,5 @@
 with again as (
-    update "public".outbox_secondary set status = 'shadow'
+    update "public".outbox_secondary set status = 'shadow', registered_at = clock_timestamp()
     where backend_id = $1 and status in ('draining', 'removed')
     returning backend_id
 )

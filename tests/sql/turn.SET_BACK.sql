@@ -17,7 +17,23 @@ with waiting as materialized (
     set lease_until = lease_until - cast($2 as interval)
     where backend_id = $1 and attempt_id > $3 and finished_at is null
       and lease_until > statement_timestamp() + cast($2 as interval)
+), compared as (
+    update "public".outbox_reconciliation
+    set started_at = case when started_at > statement_timestamp() then started_at - cast($2 as interval)
+                          else started_at end,
+        finished_at = finished_at - cast($2 as interval)
+    where backend_id = $1 and finished_at > statement_timestamp()
 )
-update "public".outbox_secondary
-set looked_at = statement_timestamp(), breaker_until = breaker_until - cast($2 as interval)
-where backend_id = $1
+update "public".outbox_secondary as secondary
+set looked_at = statement_timestamp(), breaker_until = breaker_until - cast($2 as interval),
+    proof_at = case when proof_at > statement_timestamp() then proof_at - cast($2 as interval)
+                    else proof_at end,
+    doubted_at = case when doubted_at > statement_timestamp() then greatest(doubted_at - cast($2 as interval), (
+                          select max(run.started_at) from "public".outbox_reconciliation as run
+                          where run.backend_id = secondary.backend_id and run.tenant_id is null
+                            and run.resource_type is null and run.started_at <= statement_timestamp()
+                      ))
+                      else doubted_at end,
+    registered_at = case when registered_at > statement_timestamp() then registered_at - cast($2 as interval)
+                         else registered_at end
+where secondary.backend_id = $1
