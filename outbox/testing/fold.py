@@ -208,6 +208,7 @@ class _Folding(TableFolding):
 
     def counted(self, record: said.Counted) -> None:
         self.facts.counted.append(record)
+        self.facts.operations["counted"] += 1
 
     def did(self, record: said.Did) -> None:
         self.facts.operations[record.operation] += 1

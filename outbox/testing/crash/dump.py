@@ -14,9 +14,9 @@ from outbox.statement import Statement
 from outbox.testing.crash.writing import Item
 from outbox.testing.dump import dump_secondary, dump_tables
 from outbox.testing.history import History
-from outbox.testing.records import Dumped, Entry, Reconciled, Rows
+from outbox.testing.records import Counted, Dumped, Entry, Reconciled, Rows
 
-__all__ = ["OWED", "compare", "dump", "owed"]
+__all__ = ["COUNTED", "OWED", "compare", "count", "dump", "owed"]
 
 _PATIENCE = timedelta(seconds=2)
 
@@ -25,6 +25,25 @@ OWED = Statement("""
 select (select count(*) from {schema}.outbox_delivery)
      + (select count(*) from {schema}.outbox_attempt where finished_at is null)
      + (select count(*) from {schema}.outbox_hold where state in ('released', 'retrying'))
+""")
+
+
+# What everybody is shown, and the events themselves wherever they are: in one statement, so of one instant.
+COUNTED = Statement("""
+select lag.backend_id, lag.pending, (
+    select count(distinct owed.event_id) from (
+        select delivery.event_id from {schema}.outbox_delivery as delivery
+        where delivery.backend_id = lag.backend_id
+        union all
+        select unnest(hold.event_ids) from {schema}.outbox_hold as hold
+        where hold.backend_id = lag.backend_id
+        union all
+        select unnest(attempt.event_ids) from {schema}.outbox_attempt as attempt
+        where attempt.backend_id = lag.backend_id and attempt.finished_at is null
+    ) as owed
+) as there
+from {schema}.outbox_lag as lag
+where lag.status <> 'removed'
 """)
 
 
@@ -41,10 +60,19 @@ async def compare(manager: SyncManager, backend_id: str, history: History) -> No
     history.write(Reconciled(backend_id=backend_id, drift=drift))
 
 
+async def count(manager: SyncManager, history: History) -> None:
+    """Write how much is said to be owed to each secondary, and how much is."""
+    async with manager.engine.connect() as connection:
+        found = (await connection.execute(text(COUNTED.on("public")))).all()
+    for backend_id, pending, there in found:
+        history.write(Counted(backend_id=backend_id, reported=pending, recounted=there))
+
+
 async def dump(manager: SyncManager, history: History) -> None:
     """Write what a comparison says, the final tables, the primary's rows and what each secondary holds."""
     for each in manager.registrations:
         await compare(manager, each.backend_id, history)
+    await count(manager, history)
     await dump_tables(manager.engine, "public", history)
     async with manager.session() as session:
         for item in await session.scalars(select(Item)):

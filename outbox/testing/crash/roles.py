@@ -11,7 +11,7 @@ from outbox.errors import Unavailable
 from outbox.manager import SyncManager
 from outbox.primary import PRIMARY_FAILED
 from outbox.register import Registration
-from outbox.testing.crash.dump import compare
+from outbox.testing.crash.dump import compare, count
 from outbox.testing.crash.measure import measure
 from outbox.testing.crash.observed import observed
 from outbox.testing.crash.remote import RemoteSecondary
@@ -83,6 +83,7 @@ async def _prove(manager: SyncManager, history: History) -> None:
             limit = asyncio.timeout(_LONGEST_COMPARISON)
             try:
                 async with limit:
+                    await count(manager, history)
                     await compare(manager, each.backend_id, history)
             except (Unavailable, *PRIMARY_FAILED) as error:
                 if limit.expired():

@@ -166,7 +166,7 @@ def _promised(terms: Terms, strikes: list[Strike]) -> Promised:
     # Commits whose answer was lost, settles that came too late, and deliveries that were repeated.
     struck = ("unknown", "fenced", "again", "resumed") if {"cut", "stop", "kill"} <= {*terms.faults} else ()
     everything = terms.asked and terms.seconds >= _LONG
-    rare = ("synced", "reconciled", "bulk", *struck, *(_SEEN if everything else ()))
+    rare = ("synced", "reconciled", "counted", "bulk", *struck, *(_SEEN if everything else ()))
     often = ("committed", "rolled_back", "recorded", "undone", "applied", "claimed", "settled", "asked")
     return Promised(
         seed=terms.seed,
@@ -178,5 +178,7 @@ def _promised(terms: Terms, strikes: list[Strike]) -> Promised:
         | ({"deadly": 1} if everything else {}),
         operations=dict.fromkeys(often, max(1, int(terms.seconds / 2))) | dict.fromkeys(rare, 1),
         most_attempts=config.max_attempts,
+        # On average: a fault may find eight batches in hand, and most find none.
+        most_again=config.batch_size,
         converge_within=within // timedelta(microseconds=1) * 1_000,
     )
