@@ -20,6 +20,7 @@ from outbox.errors import Unavailable
 from outbox.event import Operation, SyncEvent
 from outbox.parts import Budget, Events, Parts
 from outbox.secondaries.base import Applied, Checkable, Outcome, Positioned, Rejected, Retry, Secondary, Stale
+from outbox.token import HIGHEST_POSITION
 from outbox.tracing import traced
 
 __all__ = ["Dispatched", "answers", "ask", "dispatch", "highest_of"]
@@ -27,14 +28,12 @@ __all__ = ["Dispatched", "answers", "ask", "dispatch", "highest_of"]
 _log = logging.getLogger("outbox.dispatch")
 
 _OPERATIONS = frozenset(Operation)
-_OUTCOMES = (Applied, Stale, Retry, Rejected)
 _WITHOUT_A_WAIT = frozenset((Applied, Stale, Rejected))
 _UNKNOWN_OUTCOME = Retry("unknown_outcome", "the secondary's answer does not match the batch")
 # Written by a newer version: a newer relay will know it, so it must not die here.
 _UNKNOWN_OPERATION = Retry("unknown_operation", "this relay does not know the event's operation")
 _HUNG = Retry("timeout", "no answer within the attempt's deadline though the secondary is reachable")
 _CHECK_TIMEOUT = 2.0
-_LARGEST = 2**63 - 1
 _LONGEST_WAIT = timedelta.max // timedelta(seconds=1)
 
 _Answer = TypeVar("_Answer")
@@ -79,7 +78,7 @@ async def dispatch(
 async def highest_of(secondary: Positioned, deadline: timedelta) -> int:
     """Return the highest position a secondary holds; raise `Unavailable` when it does not say so within `deadline`."""
     highest: object = await ask(secondary.highest_position, deadline)
-    if isinstance(highest, int) and 0 <= highest <= _LARGEST:
+    if isinstance(highest, int) and 0 <= highest <= HIGHEST_POSITION:
         return highest
     raise Unavailable("no_position", "what it says is its highest position is none")
 
@@ -215,7 +214,7 @@ def _outcome(said: object) -> Outcome | None:
     """Return an outcome with a wait that is one, None for any other word."""
     if type(said) is Retry:
         return Retry(said.code, said.problem, _wait(said.after))
-    return said if isinstance(said, _OUTCOMES) and type(said) in _OUTCOMES else None
+    return said if isinstance(said, (Applied, Stale, Rejected)) and type(said) in _WITHOUT_A_WAIT else None
 
 
 def _wait(asked: object) -> timedelta | None:

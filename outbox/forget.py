@@ -27,7 +27,7 @@ from outbox.scrub import Scrubbed, count_scrubbable, scrub, scrub_failures
 from outbox.secondaries.base import Secondary
 from outbox.source import Source
 from outbox.statement import Statement
-from outbox.token import SyncToken
+from outbox.token import HIGHEST_POSITION, SyncToken
 from outbox.why import CLOCK, found_at
 from outbox.writers import writers_ended
 
@@ -60,7 +60,6 @@ on conflict (backend_id, lane, event_id) do nothing
 """)
 
 _CARRIED = ("shadow", "live", "paused")
-_HIGHEST = 2**63 - 1
 _ROUNDS = 3
 _LEVEL = {"isolation_level": "READ COMMITTED"}
 
@@ -128,7 +127,7 @@ class Eraser:
     async def preview(self, asked: Asked, reason: str | None) -> Evidence:
         """Return what `forget` would find, having changed nothing. Raises `NotForgotten` where it would."""
         async with AsyncSession(self._engine) as session:
-            await self._refuse_present(session, asked, _HIGHEST)
+            await self._refuse_present(session, asked, HIGHEST_POSITION)
             events = await count_scrubbable(await session.connection(), self._schema, asked)
         seen = await self._seen(asked, None, {})
         return await self._evidence(asked, reason, None, Scrubbed(events), seen)
@@ -147,7 +146,7 @@ class Eraser:
         async with AsyncSession(self._engine) as session, session.begin():
             # Said here too: an engine that was made from another one gives way to the options of that one.
             connection = await session.connection(execution_options=_LEVEL)
-            await self._refuse_present(session, asked, _HIGHEST)
+            await self._refuse_present(session, asked, HIGHEST_POSITION)
             await connection.execute(text(ALONE.on(self._schema)))
             token = await record(connection, _delete(asked, reason), schema=self._schema)
             [position] = token.positions

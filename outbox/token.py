@@ -12,7 +12,10 @@ import msgspec
 
 from outbox.errors import InvalidToken
 
-__all__ = ["Recorded", "SyncToken"]
+__all__ = ["HIGHEST_POSITION", "Recorded", "SyncToken"]
+
+# PostgreSQL's bigint.
+HIGHEST_POSITION = 2**63 - 1
 
 _FORM = "o1."
 
@@ -23,7 +26,6 @@ _FORM = "o1."
 _NUMBER = "[0-9a-f]{1,16}"
 _RUN = f"{_NUMBER}(?:N{_NUMBER})?"
 _GROUP = re.compile(rf"({_NUMBER})\.({_NUMBER})\.({_RUN}(?:R{_RUN})*)?((?:\.[a-z0-9_-]{{1,63}})*)")
-_LARGEST = 2**63 - 1
 
 
 class Recorded(msgspec.Struct, frozen=True):
@@ -150,7 +152,7 @@ def _read(group: str) -> Recorded:
     numbers = tuple((int(first, 16), int(count or "1", 16)) for first, _, count in split)
     recorded = Recorded(int(transaction_id, 16), int(stamp, 16), tuple(names.split(".")[1:]), numbers)
     ends = [first + count - 1 for first, count in numbers]
-    if max(recorded.transaction_id, recorded.stamp, *chain.from_iterable(numbers), *ends) > _LARGEST:
+    if max(recorded.transaction_id, recorded.stamp, *chain.from_iterable(numbers), *ends) > HIGHEST_POSITION:
         raise InvalidToken
     return recorded
 

@@ -7,6 +7,7 @@ import re
 from collections.abc import Iterator
 
 from outbox.event import SyncEvent
+from outbox.token import HIGHEST_POSITION
 
 __all__ = ["APPLY", "APPLY_SHA", "HIGHEST", "RAISE", "position_of", "values_of"]
 
@@ -20,7 +21,6 @@ local function given(held)
 end
 """
 _POSITION = re.compile(rb"[1-9][0-9]{0,18}")
-_HIGHEST_EVER = 9223372036854775807
 
 # A full server stops a script before it has written anything or not at all, so the highest position is written last:
 # a delete, which a full server takes, must not be refused for it. Were it stopped later, every event up to there still
@@ -106,4 +106,4 @@ def values_of(event: SyncEvent) -> Iterator[bytes]:
 def position_of(held: bytes | None) -> int:
     """Return the position in a field, as the scripts take it: 0 for what no primary can have given."""
     position = int(held) if held and _POSITION.fullmatch(held) else 0
-    return position if position <= _HIGHEST_EVER else 0
+    return position if position <= HIGHEST_POSITION else 0
