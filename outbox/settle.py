@@ -85,7 +85,7 @@ with closed as (
            cast(kept.event_ids as bigint[]), kept.oldest_id, kept.owed_since, kept.state, kept.attempts, kept.lost,
            kept.alone,
            case when kept.attempts > 0 then statement_timestamp() end,
-           case when kept.state <> 'released' then statement_timestamp() end,
+           case when kept.error_code is not null then statement_timestamp() end,
            statement_timestamp() + make_interval(secs => kept.delay), kept.error_code, kept.error
     from closed cross join unnest(
         cast(:tenant_ids as text[]), cast(:resource_types as text[]), cast(:resource_ids as text[]),
@@ -99,7 +99,8 @@ with closed as (
     set event_ids = excluded.event_ids || hold.event_ids, oldest_id = excluded.oldest_id,
         owed_since = excluded.owed_since, state = excluded.state, attempts = excluded.attempts, lost = excluded.lost,
         alone = excluded.alone, next_attempt_at = excluded.next_attempt_at,
-        first_failed_at = case when excluded.attempts > 1 then hold.first_failed_at else excluded.first_failed_at end,
+        first_failed_at = case when excluded.attempts > 1 or excluded.attempts = 1 and excluded.error_code is null
+                               then hold.first_failed_at else excluded.first_failed_at end,
         last_failed_at = coalesce(excluded.last_failed_at, hold.last_failed_at),
         error_code = coalesce(excluded.error_code, hold.error_code),
         error = coalesce(excluded.error, hold.error)
@@ -196,7 +197,9 @@ def keep(
     since = events[head].created_at
     assert since is not None, "a recorded event has its time"
     alone = held.lost >= _ALONE_AFTER_LOST
-    kept = Kept(key, positions, oldest, since, "released", held.attempts, held.lost, alone, 0.0)
+    # What failed before is a failure still: whoever looks for it finds it, also while its relays are stopped.
+    state = "retrying" if held.attempts else "released"
+    kept = Kept(key, positions, oldest, since, state, held.attempts, held.lost, alone, 0.0)
     result = results[head]
     return _failed(kept, held, result, policy) if isinstance(result, (Retry, Rejected, Lost)) else kept
 

@@ -9,11 +9,12 @@ from pathlib import Path
 from typing import Any
 from uuid import UUID
 
+import msgspec
 import pytest
 from sqlalchemy.ext.asyncio import AsyncEngine
 from tenacity import stop_after_attempt, stop_after_delay, wait_incrementing
 
-from outbox import Registration, RetryPolicy, SyncManager
+from outbox import Registration, RetryPolicy, SyncManager, Which
 from outbox.attempt import Attempt
 from outbox.load import load
 from outbox.secondaries.base import Outcome, Rejected, Retry
@@ -58,6 +59,21 @@ async def test_attempts_are_the_claims_that_may_have_been_dispatched(primary: As
     assert (hold["attempts"], hold["lost"]) == (4, 1)
     counts = await rows(primary, "select sum(retried + lost) as spent, sum(released) as released from outbox_attempt")
     assert counts == [{"spent": 4, "released": 1}]
+
+
+async def test_what_failed_and_is_handed_back_is_a_failure_still(primary: AsyncEngine) -> None:
+    """B6: as it was before it was claimed, so that whoever stops relays to give it up finds it."""
+    secondary, manager = await one(primary, retry_initial=0.001, retry_max=0.001)
+    await write(manager, change("1"))
+    secondary.script("1", Retry("busy"), Hang())
+    assert await manager.relay().run_once("search") == 1
+    (before,) = await manager.failures()
+    async with running(manager.relay()):
+        await eventually(lambda: secondary.running)
+    after = await manager.failures()
+    assert [msgspec.structs.replace(each, next_attempt_at=before.next_attempt_at) for each in after] == [before]
+    assert (await manager.backend_status("search")).failing == 1
+    assert await manager.discard(Which(resource_id="1"), reason="never mind") == 1
 
 
 async def test_delays_come_from_stored_attempts_through_restarts(primary: AsyncEngine) -> None:

@@ -242,7 +242,8 @@ class Account:
 def _held_back(owed: list[int], result: str, before: Hold) -> Hold:
     """A release costs nothing and is due at once; a failure or a loss spends an attempt of the event at the head."""
     if result == "released":
-        return Hold(owed, "released", True, before.attempts, before.lost, before.lost >= ALONE_AFTER_LOST)
+        state = "retrying" if before.attempts else "released"
+        return Hold(owed, state, True, before.attempts, before.lost, before.lost >= ALONE_AFTER_LOST)
     attempts, lost = before.attempts + 1, before.lost + (result == "lost")
     dead = result == "rejected" or attempts >= MOST_ATTEMPTS
     alone = lost >= ALONE_AFTER_LOST
