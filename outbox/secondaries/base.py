@@ -112,10 +112,13 @@ class Refreshable(Protocol):
 
 @runtime_checkable
 class Checkable(Protocol):
-    """A secondary that can say whether it is reachable without writing."""
+    """A secondary that can say whether it is there, for all that it is sent."""
 
     async def check(self) -> None:
-        """Return when the secondary answers; raise `Unavailable` when it does not."""
+        """Return when the secondary answers, best when it takes a write; raise `Unavailable` when it does not.
+
+        Nothing may be left of it. Asked when a batch hung, to tell a resource at fault from a secondary that is down.
+        """
         ...
 
 

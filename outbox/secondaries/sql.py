@@ -12,6 +12,7 @@ from contextlib import asynccontextmanager
 from datetime import timedelta
 from operator import attrgetter
 from typing import Any, TypeVar
+from uuid import uuid4
 
 import sqlalchemy as sa
 import tenacity
@@ -24,7 +25,7 @@ from outbox.secondaries.base import Applied, Outcome, Rejected, ResourceDigest, 
 from outbox.secondaries.sql_digest import digests, live, summary, summing, within
 from outbox.secondaries.sql_engine import engine_of
 from outbox.secondaries.sql_failure import FAILURES, code_of, is_contention, is_fault_of_a_row, is_overtime
-from outbox.secondaries.sql_table import SENT, guarded_upsert, resources_table
+from outbox.secondaries.sql_table import KEY, SENT, guarded_upsert, resources_table
 
 __all__ = ["SqlSecondary"]
 
@@ -72,18 +73,21 @@ class SqlSecondary:
         """Upsert the batch in one transaction; a row that the database refuses is `Rejected` alone.
 
         A batch that meets deadlocks is tried again a few times here, then in halves: a row that still does is `Retry`
-        alone. When time runs out though the database answers, the batch is `Retry`, so that its rows go one by one and
-        the row that somebody keeps locked is found. Raises `Unavailable` for everything else that goes wrong.
+        alone. When time runs out though the database takes writes, the batch is `Retry`, so that its rows go one by one
+        and the row that somebody keeps locked is found. Raises `Unavailable` for everything else that goes wrong.
         """
         if not batch:
             return []
         try:
-            return await self._run(self._apply(batch))
+            outcomes = await self._run(self._apply(batch))
         except Unavailable as error:
             if error.code != "timeout":
                 raise
-        await self.check()
-        return [_TOO_LONG] * len(batch)
+            outcomes = [_TOO_LONG] * len(batch)
+        if all(isinstance(outcome, Retry) for outcome in outcomes):
+            # What keeps every row out may be none of them: a lock on the whole table, a standby that is waited for.
+            await self.check()
+        return outcomes
 
     async def scan(self, tenant_id: str, resource_type: str, after: str | None = None) -> AsyncIterator[ResourceDigest]:
         """Yield the live resources in id order, with a short transaction for every 200 of them."""
@@ -143,8 +147,9 @@ class SqlSecondary:
         return found[0].content if found else None
 
     async def check(self) -> None:
-        """Return when the database answers a query; raise `Unavailable` when it does not."""
-        await self._run(self._select(sa.select(1)))
+        """Return when the database takes a write and commits it, of which nothing is left; else raise `Unavailable`."""
+        await self._run(self._ensure_table())
+        await self._run(self._try_a_write())
 
     async def aclose(self) -> None:
         """Close the pool if it was made here; an engine that was given is left alone."""
@@ -260,6 +265,19 @@ class SqlSecondary:
     async def _read(self, query: sa.Executable) -> _Rows:
         await self._run(self._ensure_table())
         return await self._run(self._select(query))
+
+    async def _try_a_write(self) -> None:
+        """Write a row whose key no event can have, take it back, and commit: that waits for all that a commit does."""
+        row = dict.fromkeys(SENT) | dict.fromkeys(KEY, "") | {"resource_id": uuid4().hex, "position": 0}
+        async with self._engine.begin() as connection:
+            to_take_back = await connection.begin_nested()
+            try:
+                await connection.execute(self._table.insert(), row)
+            except DBAPIError as error:
+                # Whoever says that a row breaks some rule of the table takes those that do not.
+                if not is_fault_of_a_row(error):
+                    raise
+            await to_take_back.rollback()
 
     async def _select(self, query: sa.Executable) -> _Rows:
         async with self._engine.connect() as connection:

@@ -141,12 +141,27 @@ async def test_a_row_that_is_held_too_long_is_blamed_as_the_database_answers(eng
     async for copy in _own_table(mariadb_url, timeout=timedelta(seconds=0.3)):
         await copy.apply([write("secret", 1)])
         async with engine.begin() as other:
-            await other.execute(text(f"select 1 from {copy._table.name} for update"))
+            whole_key = "tenant_id = 'acme' and resource_type = 'Patient' and resource_id = 'secret'"
+            await other.execute(text(f"select 1 from {copy._table.name} where {whole_key} for update"))
             async with asyncio.timeout(5):
                 [outcome] = await copy.apply([write("secret", 99)])
         assert isinstance(outcome, Retry)
         assert outcome.code == "timeout"
         assert list(await copy.apply([write("secret", 2)])) == [Applied()]
+
+
+async def test_a_table_that_takes_no_writes_is_no_fault_of_its_rows(engine: AsyncEngine, mariadb_url: str):
+    async for copy in _own_table(mariadb_url, timeout=timedelta(seconds=0.5)):
+        await copy.apply([write("secret", 1)])
+        async with engine.connect() as other:
+            await other.execute(text(f"lock tables {copy._table.name} read"))
+            assert await seen(copy) == held([write("secret", 1)])
+            with pytest.raises(Unavailable) as caught:
+                await copy.apply([write("secret", 99)])
+            assert caught.value.code == "timeout"
+            await other.execute(text("unlock tables"))
+        await copy.check()
+        assert list(await copy.apply([write("secret", 100)])) == [Applied()]
 
 
 async def test_a_table_that_was_dropped_is_unavailable_once(copy: SqlSecondary, engine: AsyncEngine):

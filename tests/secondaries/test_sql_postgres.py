@@ -209,6 +209,64 @@ async def test_a_row_that_is_held_too_long_is_blamed_as_the_database_answers(dat
     await patient.aclose()
 
 
+@pytest.mark.parametrize("settings", [{}, {"lock_timeout": "20ms"}], ids=["we give up", "it gives up"])
+async def test_a_table_that_takes_no_writes_is_no_fault_of_its_rows(
+    database: str, engine: AsyncEngine, settings: dict[str, str]
+):
+    """An index that is built, a long change of the table: nothing is wrong with what is to be written."""
+    own = create_async_engine(database, connect_args={"server_settings": settings})
+    copy = SqlSecondary("copy", own, timeout=timedelta(seconds=1) if not settings else timedelta(seconds=30))
+    assert list(await copy.apply([write("secret", 1)])) == [Applied()]
+    async with engine.begin() as other:
+        await other.execute(text(f"lock table {TABLE} in share mode"))
+        assert await seen(copy) == held([write("secret", 1)])
+        assert await _code(copy) == ("55P03" if settings else "timeout")
+        with pytest.raises(Unavailable):
+            await copy.check()
+    await copy.check()
+    assert list(await copy.apply([write("secret", 2)])) == [Applied()]
+    await own.dispose()
+
+
+async def test_a_server_whose_standby_is_gone_is_away_though_it_answers(server: EmbeddedPostgres):
+    """It has the rows and cannot say so: every commit waits for the standby."""
+    copy = SqlSecondary("copy", server.dsn(), "copy_alone", timeout=timedelta(seconds=1))
+    administrator = create_async_engine(server.dsn(), isolation_level="AUTOCOMMIT")
+    await copy.apply([write("secret", 1)])
+    async with administrator.connect() as connection:
+        await connection.execute(text("alter system set synchronous_standby_names = 'gone'"))
+        await connection.execute(text("select pg_reload_conf()"))
+        try:
+            assert await _told(copy) == "timeout"
+            with pytest.raises(Unavailable):
+                await copy.check()
+        finally:
+            await connection.execute(text("alter system reset synchronous_standby_names"))
+            await connection.execute(text("select pg_reload_conf()"))
+    await copy.check()
+    assert list(await copy.apply([write("secret", 100)])) == [Applied()]
+    await copy.aclose()
+    await administrator.dispose()
+
+
+async def _told(copy: SqlSecondary) -> str:
+    """Return the code of the first batch that is refused; sessions read a new setting some moment later."""
+    async with asyncio.timeout(20):
+        while True:
+            try:
+                await copy.apply([write("secret", 99)])
+            except Unavailable as error:
+                return error.code
+
+
+async def test_a_check_leaves_nothing_and_a_rule_of_the_table_is_no_failure(copy: SqlSecondary, engine: AsyncEngine):
+    await copy.check()
+    await _run(engine, f"alter table {TABLE} add constraint named check (resource_id like 'p%')")
+    await copy.check()
+    assert await _run(engine, f"select count(*) from {TABLE}") == 0
+    assert list(await copy.apply([write("p", 1)])) == [Applied()]
+
+
 async def test_a_missing_database_is_told_by_its_code(database: str):
     copy = SqlSecondary("copy", f"{database}_missing")
     assert await _code(copy) == "3D000"
