@@ -9,6 +9,7 @@ from decimal import Decimal, InvalidOperation
 from typing import Any, NoReturn
 
 from outbox.errors import InvalidEvent, SettingsError
+from outbox.plain import ENCODER, is_plain_text, text_of_plain
 
 __all__ = [
     "DEFAULT_LIMITS",
@@ -61,10 +62,13 @@ def encode_content(content: dict[str, Any] | str | bytes, limits: Limits = DEFAU
     if isinstance(content, (str, bytes)):
         text = _decoded(content)
         _check_size(text, limits)
-        _walk(_parsed(text), limits)
+        if not is_plain_text(text, limits.depth, limits.key_bytes):
+            _walk(_parsed(text), limits)
         return text
-    _walk(content, limits)
-    text = _serialised(content)
+    plain = text_of_plain(content, limits.depth, limits.key_bytes)
+    if plain is None:
+        _walk(content, limits)
+    text = plain or _serialised(content)
     _check_size(text, limits)
     return text
 
@@ -172,7 +176,7 @@ def _refuse_constant(name: str) -> NoReturn:
 
 def _serialised(content: Any) -> str:
     try:
-        return json.dumps(content, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+        return ENCODER.encode(content)
     except RecursionError:
         raise InvalidEvent("content", "is nested too deeply") from None
 

@@ -26,7 +26,8 @@ ANYBODY = Statement("select exists (select from {schema}.outbox_secondary) as an
 # The transaction gets its id before it draws a position: whoever reads the sequence and then the running
 # transactions has seen every writer that may still commit a lower position. Positions are drawn in the
 # order given, and rows are counted back without RETURNING, so an insert-only role can record. The registry is read once
-# and not for every row: its rows change every second, and where vacuum is held up it is long.
+# and not for every row: its rows change every second, and where vacuum is held up it is long. What is owed to the same
+# secondaries, which nearly always is all, comes back as one row: one per event took a fifth of the time.
 RECORD = Statement(
     """
 with writer as materialized (
@@ -58,7 +59,9 @@ with writer as materialized (
     select owed.backend_id, event.lane, event.event_id, event.key_hash
     from event cross join unnest(event.owed_to) as owed (backend_id)
 )
-select event_id, owed_to, transaction_id, stamp from event
+select array_agg(event_id) as event_ids, owed_to, transaction_id, stamp
+from event
+group by owed_to, transaction_id, stamp
 """.replace("[registered]", _REGISTERED)
     .replace("[wants]", _WANTS)
     .replace("[tenant_id]", "given.tenant_id")
@@ -116,8 +119,8 @@ def questions(events: Sequence[SyncEvent], backend_ids: Sequence[str] | None) ->
 
 
 def is_for_nobody(rows: Sequence[Any]) -> bool:
-    """Whether the record begins with an event that is owed to no secondary: then ask `ANYBODY` whether there is one."""
-    return bool(rows) and not rows[0][1]
+    """Whether the record holds an event that is owed to no secondary: then ask `ANYBODY` whether there is one."""
+    return not all(row[1] for row in rows)
 
 
 def refuse_nobody(rows: Sequence[Any]) -> None:
@@ -133,11 +136,11 @@ def token_of(rows: Sequence[Any]) -> SyncToken:
     """Return what was recorded, given the rows of all answers."""
     if not rows:
         return SyncToken.of(0, 0, [])
-    position, backend_ids, transaction_id, stamp = rows[0]
+    recorded, backend_ids, transaction_id, stamp = rows[0]
     # PostgreSQL's transaction ids have a type of their own, which not every driver knows as a number.
-    if len(rows) == 1:
-        return SyncToken.of_one(position, backend_ids, int(transaction_id), stamp)
-    return SyncToken.of(int(transaction_id), stamp, [row[:2] for row in rows])
+    if isinstance(recorded, int):
+        return SyncToken.of_one(recorded, backend_ids, int(transaction_id), stamp)
+    return SyncToken.of_groups(int(transaction_id), stamp, [row[:2] for row in rows])
 
 
 def _by_pages(events: Sequence[SyncEvent], backend_ids: list[str] | None) -> Iterator[Question]:
@@ -166,10 +169,15 @@ def _many(events: Sequence[SyncEvent], backend_ids: list[str] | None) -> dict[st
         "resource_types": [event.resource_type for event in events],
         "resource_ids": [event.resource_id for event in events],
         "operations": [str(event.operation) for event in events],
-        "versions": [event.version for event in events],
-        "fhir_versions": [event.fhir_version for event in events],
+        "versions": _some([event.version for event in events]),
+        "fhir_versions": _some([event.fhir_version for event in events]),
         "contents": [event.content for event in events],
-        "bulk_ids": [event.bulk_id and str(event.bulk_id) for event in events],
-        "headers": [event.headers for event in events],
+        "bulk_ids": _some([event.bulk_id and str(event.bulk_id) for event in events]),
+        "headers": _some([event.headers for event in events]),
         "backend_ids": backend_ids,
     }
+
+
+def _some(values: list[Any]) -> list[Any]:
+    """Return nothing where there is none: the statement fills up with nulls, and a driver encodes one by one."""
+    return values if any(values) else []

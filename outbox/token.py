@@ -72,10 +72,15 @@ class SyncToken(str):
     @classmethod
     def of(cls, transaction_id: int, stamp: int, owed: Sequence[tuple[int, Sequence[str]]]) -> Self:
         """Build from (position, names of the secondaries it is owed to)."""
+        return cls.of_groups(transaction_id, stamp, [([position], names) for position, names in owed])
+
+    @classmethod
+    def of_groups(cls, transaction_id: int, stamp: int, owed: Iterable[tuple[Sequence[int], Sequence[str]]]) -> Self:
+        """Build from (positions, names of the secondaries all of them are owed to)."""
         groups: dict[tuple[str, ...], list[int]] = {}
-        for position, backend_ids in owed:
-            groups.setdefault(tuple(sorted(backend_ids)), []).append(position)
-        runs = {names: _joined((position, 1) for position in found) for names, found in groups.items()}
+        for positions, backend_ids in owed:
+            groups.setdefault(tuple(sorted(backend_ids)), []).extend(positions)
+        runs = {names: _runs(found) for names, found in groups.items()}
         return cls._encoded([Recorded(transaction_id, stamp, names, found) for names, found in runs.items()])
 
     @classmethod
@@ -168,8 +173,16 @@ def _each_once(recorded: Iterable[Recorded]) -> bool:
     return all(first + count <= following for (first, count), (following, _) in neighbours)
 
 
+def _runs(positions: Iterable[int]) -> tuple[tuple[int, int], ...]:
+    """Join positions: those of one statement nearly always lie side by side, which their ends tell."""
+    rising = sorted(set(positions))
+    if rising[-1] - rising[0] < len(rising):
+        return ((rising[0], len(rising)),)
+    return _joined((position, 1) for position in rising)
+
+
 def _joined(runs: Iterable[tuple[int, int]]) -> tuple[tuple[int, int], ...]:
-    """Join what touches: the positions of one statement nearly always lie side by side."""
+    """Join what touches."""
     joined: list[tuple[int, int]] = []
     for first, count in sorted(runs):
         if joined and first <= sum(joined[-1]):

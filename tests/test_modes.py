@@ -134,7 +134,7 @@ async def test_what_went_wrong_is_told_and_the_commit_stands(
     secondary = ScriptedSecondary("search")
     secondary.always("1", step)
     async with managing(primary, secondary, mode="synchronous", retry_initial=600, retry_max=600) as manager:
-        (status,) = await manager.sync(change("1"), timeout=0.5)
+        (status,) = await manager.sync(change("1"), timeout=1.5)
         assert (status.state, status.attempts, status.error_code) == (state, 1, code)
         assert await value(primary, "select count(*) from outbox") == 1
 

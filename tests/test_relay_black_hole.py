@@ -81,7 +81,8 @@ async def test_a_relay_whose_network_swallows_everything_goes_on_over_new_connec
             await record(connection, change("long"))
         await eventually(lambda: secondary.running)
         await asyncio.sleep(3 * _STATEMENT)
-        assert await value(primary, _KEPT)
+        # A busy machine may be late with one heartbeat, but without any it is never true again.
+        await eventually(lambda: value(primary, _KEPT))
         secondary.release()
         await eventually(lambda: _nothing_owed(primary))
 

@@ -7,7 +7,7 @@ import random
 import zlib
 from collections.abc import Iterator
 from contextlib import suppress
-from itertools import takewhile
+from itertools import count, takewhile
 from typing import Any
 
 import pytest
@@ -76,10 +76,11 @@ async def test_whoever_is_told_synced_finds_it_there_at_that_moment(primary: Asy
                     assert reached(secondary, key) >= position, f"seed {seed}: {status} of {key} at {position}"
 
     async def relays() -> None:
-        while True:
+        for life in count():
             relay = manager.relay()
             with suppress(TimeoutError):
-                async with asyncio.timeout(chance.uniform(0.05, 0.8)):
+                # Longer and longer, until one lives long enough on a busy machine to carry something.
+                async with asyncio.timeout(chance.uniform(0.05, 0.8 * 1.1**life)):
                     await relay.run()
             if chance.random() < 0.3:
                 await claim_by_hand(primary, chance.choice(["newest", "every"]), batch_size=2)

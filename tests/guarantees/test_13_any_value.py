@@ -22,7 +22,7 @@ from sqlalchemy.ext.asyncio import AsyncEngine
 from sqlalchemy.orm import declarative_base
 
 from outbox import InvalidEvent, MemorySecondary, Outcome, Rejected, SettingsError, SyncConfig, SyncEvent, SyncManager
-from outbox.content import Limits, canonical
+from outbox.content import Limits, canonical, encode_content
 
 
 def nested(depth: int) -> dict[str, Any]:
@@ -240,3 +240,58 @@ def listed(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: listed(item) for key, item in value.items()}
     return [listed(item) for item in value] if isinstance(value, (list, tuple)) else value
+
+
+json_texts = st.one_of(
+    anything.filter(plain).map(lambda value: json.dumps(value, ensure_ascii=False)),
+    anything.filter(plain).map(lambda value: json.dumps({"a": value})),
+    st.text('{}[]":,\\u0dkae1E.-', max_size=24),
+    st.sampled_from(
+        [
+            '{"a":1,"a":2}',
+            '{"b":[{"a":1,"a":{}}]}',
+            '{"a":"\\u0000"}',
+            '{"a":"\\ud800"}',
+            '{"\ud800":1}',
+            '{"a":[[[[[]]]]]}',
+            '{"a":[1,[2,{"b":[]}]]}',
+            '{"abcdefghi":1}',
+            '{"a":1e999999999999999999999}',
+            '{"a":NaN}',
+            "[{}]",
+            "true",
+            "7",
+            "\ufeff{}",
+            '{"a":' + "9" * 5_000 + "}",
+        ]
+    ),
+)
+
+
+@given(
+    content=st.dictionaries(texts, anything, max_size=4) | anything | json_texts,
+    limits=st.sampled_from([Limits(), Limits(depth=3, key_bytes=8, content_bytes=80), Limits(depth=1, key_bytes=1)]),
+)
+@settings(max_examples=500, deadline=None, database=None, print_blob=True, suppress_health_check=[HealthCheck.too_slow])
+def test_the_quick_look_says_what_the_whole_walk_says(content: Any, limits: Limits) -> None:
+    """P5: nothing is taken that a walk through every value would refuse, and nothing is written otherwise."""
+    quick = written_or_refused(content, limits)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("outbox.content.is_plain_text", lambda *_: False)
+        patch.setattr("outbox.content.text_of_plain", lambda *_: None)
+        assert quick == written_or_refused(content, limits)
+
+
+def written_or_refused(content: Any, limits: Limits) -> tuple[str, str]:
+    try:
+        return "written", encode_content(content, limits)
+    except InvalidEvent as error:
+        return error.path, error.problem
+
+
+def test_what_is_usual_is_told_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every writer waits for it: a walk through every value takes two and a half times as long."""
+    monkeypatch.setattr("outbox.content._walk", lambda *_: pytest.fail("walked"))
+    usual = {"resourceType": "Patient", "name": [{"family": "Müller", "given": ["A", "B"]}], "x": [1, 2.5, True, None]}
+    assert json.loads(encode_content(usual)) == usual
+    assert encode_content(json.dumps(usual, ensure_ascii=False).encode())

@@ -30,4 +30,6 @@ with writer as materialized (
     select owed.backend_id, event.lane, event.event_id, event.key_hash
     from event cross join unnest(event.owed_to) as owed (backend_id)
 )
-select event_id, owed_to, transaction_id, stamp from event
+select array_agg(event_id) as event_ids, owed_to, transaction_id, stamp
+from event
+group by owed_to, transaction_id, stamp
