@@ -27,25 +27,35 @@ ANYBODY = Statement("select exists (select from {schema}.outbox_secondary) as an
 # transactions has seen every writer that may still commit a lower position. Positions are drawn in the
 # order given, and rows are counted back without RETURNING, so an insert-only role can record. The registry is read once
 # and not for every row: its rows change every second, and where vacuum is held up it is long. What is owed to the same
-# secondaries, which nearly always is all, comes back as one row: one per event took a fifth of the time.
+# secondaries, which nearly always is all, comes back as one row: one per event took a fifth of the time. A tenant, type
+# or operation that all have is sent once: drivers encode one by one.
 RECORD = Statement(
     """
 with writer as materialized (
-    select pg_current_xact_id() as transaction_id, [stamp] as stamp
+    select pg_current_xact_id() as transaction_id, [stamp] as stamp,
+           (cast(:tenant_ids as text[]))[1] as tenant_id, (cast(:resource_types as text[]))[1] as resource_type,
+           (cast(:operations as text[]))[1] as operation
 ), secondary as materialized (
     select secondary.backend_id, secondary.tenant_ids, secondary.resource_types
     [registered]
 ), event as materialized (
     select nextval('{schema}.outbox_event_id_seq') as event_id,
-           cast(hashtextextended(tenant_id, 0) & 63 as smallint) as lane,
-           hashtextextended(tenant_id || '/' || resource_type || '/' || resource_id, 0) as key_hash,
-           writer.transaction_id, writer.stamp, given.*,
+           cast(hashtextextended(given.tenant_id, 0) & 63 as smallint) as lane,
+           hashtextextended(given.tenant_id || '/' || given.resource_type || '/' || listed.resource_id, 0) as key_hash,
+           given.tenant_id, given.resource_type, listed.resource_id, given.operation, listed.version,
+           listed.fhir_version, listed.content, listed.bulk_id, listed.headers,
+           writer.transaction_id, writer.stamp,
            array(select secondary.backend_id from secondary where [wants]) as owed_to
     from writer cross join unnest(
         cast(:tenant_ids as text[]), cast(:resource_types as text[]), cast(:resource_ids as text[]),
         cast(:operations as text[]), cast(:versions as text[]), cast(:fhir_versions as text[]),
         cast(:contents as text[]), cast(:bulk_ids as uuid[]), cast(:headers as text[])
-    ) as given (tenant_id, resource_type, resource_id, operation, version, fhir_version, content, bulk_id, headers)
+    ) as listed (tenant_id, resource_type, resource_id, operation, version, fhir_version, content, bulk_id, headers)
+    cross join lateral (
+        select coalesce(listed.tenant_id, writer.tenant_id) as tenant_id,
+               coalesce(listed.resource_type, writer.resource_type) as resource_type,
+               coalesce(listed.operation, writer.operation) as operation
+    ) as given
 ), written as (
     insert into {schema}.outbox
         (event_id, tenant_id, resource_type, resource_id, operation, version, fhir_version, content, bulk_id, headers,
@@ -165,10 +175,10 @@ def _one(event: SyncEvent, backend_ids: list[str] | None) -> dict[str, Any]:
 
 def _many(events: Sequence[SyncEvent], backend_ids: list[str] | None) -> dict[str, Any]:
     return {
-        "tenant_ids": [event.tenant_id for event in events],
-        "resource_types": [event.resource_type for event in events],
+        "tenant_ids": _once([event.tenant_id for event in events]),
+        "resource_types": _once([event.resource_type for event in events]),
         "resource_ids": [event.resource_id for event in events],
-        "operations": [str(event.operation) for event in events],
+        "operations": _once([str(event.operation) for event in events]),
         "versions": _some([event.version for event in events]),
         "fhir_versions": _some([event.fhir_version for event in events]),
         "contents": [event.content for event in events],
@@ -178,6 +188,11 @@ def _many(events: Sequence[SyncEvent], backend_ids: list[str] | None) -> dict[st
     }
 
 
+def _once(values: list[str]) -> list[str]:
+    """Return what all of these are as one: the statement fills up with the first."""
+    return values[:1] if len(set(values)) == 1 else values
+
+
 def _some(values: list[Any]) -> list[Any]:
-    """Return nothing where there is none: the statement fills up with nulls, and a driver encodes one by one."""
+    """Return nothing where there is none: the statement fills up with nulls."""
     return values if any(values) else []
