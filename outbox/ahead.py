@@ -22,6 +22,7 @@ from outbox.dispatch import highest_of
 from outbox.epoch import DOUBT, doubt
 from outbox.errors import SecondaryError, Unavailable
 from outbox.lanes import HIGHEST
+from outbox.level import begun
 from outbox.primary import PRIMARY_FAILED, Primary, code_of
 from outbox.register import Registration
 from outbox.secondaries.base import Positioned, Secondary
@@ -231,13 +232,12 @@ async def move_past(engine: AsyncEngine, config: SyncConfig, registrations: Sequ
     positions = {name: position for name, position in answers.items() if position is not None}
     schema = config.database_schema
     # Each statement sees what was committed before it, whatever level the engine has.
-    engine = engine.execution_options(isolation_level="READ COMMITTED")
-    async with engine.begin() as connection:
+    async with begun(engine, "READ COMMITTED") as connection:
         before, ahead, moved = await _move(connection, schema, positions)
     again = 0
     if ahead:
         # Until this is committed they are withheld: cut off in between, it is for the next call to do.
-        async with engine.begin() as connection:
+        async with begun(engine, "READ COMMITTED") as connection:
             await connection.execute(text(CLEAR.on(schema)), {"ahead": ahead})
             terms = {"ahead": ahead, "through": moved.through}
             again = int((await connection.execute(text(AGAIN.on(schema)), terms)).scalar_one())

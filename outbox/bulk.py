@@ -11,6 +11,7 @@ from sqlalchemy import text
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
 from outbox.event import StoredResource, SyncEvent
+from outbox.level import connected
 from outbox.record import record
 from outbox.statement import Statement
 from outbox.token import SyncToken
@@ -131,8 +132,7 @@ async def record_bulk(
 async def bulk_statuses(engine: AsyncEngine, schema: str, bulk_id: UUID, most: int) -> list[BulkStatus]:
     """Return what became of a bulk on every secondary that was owed any of it and is, with up to `most` that failed."""
     parameters: dict[str, Any] = {"bulk_id": str(bulk_id)}
-    snapshot = engine.execution_options(isolation_level="REPEATABLE READ")
-    async with snapshot.connect() as connection:
+    async with connected(engine, "REPEATABLE READ") as connection:
         counts = (await connection.execute(text(BULK.on(schema)), parameters)).all()
         found = (await connection.execute(text(BULK_FAILED.on(schema)), {**parameters, "most": most})).all()
     failed = {row[0]: tuple(FailedResource(*each[1:]) for each in found if each[0] == row[0]) for row in counts}

@@ -82,8 +82,7 @@ class Filler:
     """Records the pages of scopes for one secondary."""
 
     def __init__(self, engine: AsyncEngine, schema: str, backend_id: str) -> None:
-        # A snapshot older than the locks would show rows as they no longer are.
-        self._engine = engine.execution_options(isolation_level="READ COMMITTED")
+        self._engine = engine
         self._schema = schema
         self._backend_id = backend_id
 
@@ -114,6 +113,8 @@ class Filler:
 
     async def _transaction(self, work: Callable[[Session], _T]) -> _T:
         async with AsyncSession(self._engine, autoflush=False) as session, session.begin():
+            # A snapshot older than the locks would show rows as they no longer are.
+            await session.connection(execution_options={"isolation_level": "READ COMMITTED"})
             await session.execute(text(BOUNDS.on(self._schema)))
             return await session.run_sync(work)
 

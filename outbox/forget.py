@@ -61,7 +61,6 @@ on conflict (backend_id, lane, event_id) do nothing
 
 _CARRIED = ("shadow", "live", "paused")
 _ROUNDS = 3
-_LEVEL = {"isolation_level": "READ COMMITTED"}
 
 # Waits until what a token names is done at every secondary it is owed to, or nothing helps, or for so long.
 _Wait = Callable[[SyncToken, timedelta], Awaitable[Sequence[SyncStatus]]]
@@ -116,8 +115,7 @@ class Eraser:
         wait: _Wait,
         timeout: timedelta,
     ) -> None:
-        # At any stricter level the look after the wait would be on the snapshot from before it.
-        self._engine = engine.execution_options(**_LEVEL)
+        self._engine = engine
         self._schema = schema
         self._source = Source(self._engine, tracking)
         self._secondaries = secondaries
@@ -144,8 +142,8 @@ class Eraser:
 
     async def _erase(self, asked: Asked, reason: str | None) -> tuple[SyncToken, int, Scrubbed]:
         async with AsyncSession(self._engine) as session, session.begin():
-            # Said here too: an engine that was made from another one gives way to the options of that one.
-            connection = await session.connection(execution_options=_LEVEL)
+            # At any stricter level the look after the wait would be on the snapshot from before it.
+            connection = await session.connection(execution_options={"isolation_level": "READ COMMITTED"})
             await self._refuse_present(session, asked, HIGHEST_POSITION)
             await connection.execute(text(ALONE.on(self._schema)))
             token = await record(connection, _delete(asked, reason), schema=self._schema)

@@ -11,6 +11,7 @@ from datetime import timedelta
 from sqlalchemy import text
 
 from outbox.errors import SettingsError, Unavailable, UnknownSecondary
+from outbox.level import begun
 from outbox.register import Registration
 from outbox.roster import Addition, Roster, Tell
 from outbox.secondaries.base import Fresh, Rebuildable
@@ -97,9 +98,8 @@ class Rebuilder(Roster):
     async def _nothing_in_hand(self, backend_id: str) -> AsyncIterator[None]:
         """Keep everybody from claiming for a secondary, once what is in hand is settled."""
         schema, which = self.config.database_schema, {"backend_id": backend_id}
-        # A snapshot for each look, whatever level the engine has.
-        engine = self.engine.execution_options(isolation_level="READ COMMITTED")
-        async with engine.begin() as keeping:
+        # A snapshot for each look.
+        async with begun(self.engine, "READ COMMITTED") as keeping:
             await keeping.execute(text(KEEP_TURN.on(schema)), which)
             in_hand = True
             while in_hand:

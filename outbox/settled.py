@@ -13,6 +13,7 @@ from collections.abc import Callable
 from sqlalchemy import text
 from sqlalchemy.ext.asyncio import AsyncEngine
 
+from outbox.level import connected
 from outbox.statement import Statement
 
 __all__ = ["BEFORE", "settled"]
@@ -52,9 +53,7 @@ async def settled(engine: AsyncEngine, schema: str, waiting_for: Callable[[list[
     waited for, and nothing else is held up. `waiting_for` is told the processes that are waited for, whenever they are
     others; a prepared transaction has none.
     """
-    # Each look is a transaction of its own, because within one the activity of others is read but once.
-    looking = engine.execution_options(isolation_level="AUTOCOMMIT")
-    ran = before = await _holders(looking, schema)
+    ran = before = await _holders(engine, schema)
     told: list[int] = []
     sleep = _SHORTEST_SLEEP
     while left := {name: pid for name, pid in before.items() if name in ran or pid is None}:
@@ -63,10 +62,11 @@ async def settled(engine: AsyncEngine, schema: str, waiting_for: Callable[[list[
             told = pids
         await asyncio.sleep(sleep)
         sleep = min(sleep * 2, _LONGEST_SLEEP)
-        before = await _holders(looking, schema)
+        before = await _holders(engine, schema)
 
 
 async def _holders(engine: AsyncEngine, schema: str) -> dict[str, int | None]:
-    async with engine.connect() as connection:
+    # Each look is a transaction of its own, because within one the activity of others is read but once.
+    async with connected(engine, "AUTOCOMMIT") as connection:
         rows = await connection.execute(text(BEFORE.on(schema)))
         return {row.name: row.pid for row in rows}

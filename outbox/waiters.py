@@ -13,6 +13,7 @@ from itertools import islice
 from sqlalchemy.ext.asyncio import AsyncEngine
 
 from outbox.answer import SyncState, SyncStatus
+from outbox.level import connected
 from outbox.primary import PRIMARY_FAILED, code_of
 from outbox.token import SyncToken
 from outbox.wait import Asked, Found, fate, history, look
@@ -142,7 +143,7 @@ class Waiters:
     """Everybody in this process who waits on one primary; they take one connection together, while there are any."""
 
     def __init__(self, engine: AsyncEngine, schema: str) -> None:
-        self._engine = engine.execution_options(isolation_level="AUTOCOMMIT")
+        self._engine = engine
         self._schema = schema
         self._waiting: set[_Waiter] = set()
         self._looking: asyncio.Task[None] | None = None
@@ -216,7 +217,7 @@ class Waiters:
             return
         asked = sorted({each for waiter in waiters for each in waiter.page})
         doubtful = sorted({transaction_id for waiter in waiters for transaction_id in waiter.doubtful})
-        async with asyncio.timeout(_ANSWER_WITHIN), self._engine.connect() as connection:
+        async with asyncio.timeout(_ANSWER_WITHIN), connected(self._engine, "AUTOCOMMIT") as connection:
             fates = {each: await fate(connection, self._schema, each) for each in doubtful}
             found = await look(connection, self._schema, asked)
             ending = {each for waiter in waiters if waiter.on_last_page for each in waiter.page}

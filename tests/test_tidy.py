@@ -207,6 +207,7 @@ def _composed(node: ast.AST) -> str | None:
     return None
 
 
+@refuses("self._engine.execution_options(isolation_level=x)")
 @refuses("print(1)", "try: f()\nexcept: ...", "try: f()\nexcept (OSError, BaseException): ...")
 def powers_stay_in_their_place(source: Source) -> Found:
     place = source.path.parts[1]
@@ -214,6 +215,9 @@ def powers_stay_in_their_place(source: Source) -> Found:
         match node:
             case ast.Name(id="print") if not place.startswith(("cli", "demo")):
                 yield node.lineno, "prints; only the command line and the demo talk to people"
+            case ast.Call(func=ast.Attribute(value=given, attr="execution_options")):
+                if ast.unparse(given).endswith("engine"):
+                    yield node.lineno, "an engine's options give way to those it was made with; use outbox.level"
             case ast.ExceptHandler(type=caught) if place != "dispatch.py":
                 if caught is None or "BaseException" in ast.unparse(caught):
                     yield node.lineno, "catches everything, cancellation too; only dispatch may"
