@@ -15,7 +15,10 @@ HOW = ["made with it", "made from another"]
 
 
 async def level_of(connection: AsyncConnection) -> str:
-    return str(await connection.get_isolation_level())
+    level = await connection.get_isolation_level()
+    driver = (await connection.get_raw_connection()).driver_connection
+    # The server knows nothing of a driver that commits by itself.
+    return str(level) if driver is not None and driver.is_in_transaction() else "AUTOCOMMIT"
 
 
 def having(primary: AsyncEngine, level: str, how: str) -> AsyncEngine:
