@@ -13,7 +13,7 @@ from outbox.options import App, Config, Dsn, Json, Schema, refuse_options_before
 from outbox.reach import tables_of
 from outbox.render import console, failure_table, json_text
 
-__all__ = ["discard", "failures", "list_failures", "redrive"]
+__all__ = ["discard", "failures", "list_failures", "list_them", "redrive"]
 
 failures = typer.Typer(help="List the keys that failed; try them again, or give them up.")
 
@@ -26,6 +26,9 @@ _State = Annotated[str | None, typer.Option("--state", help="Only what is `retry
 _DryRun = Annotated[bool, typer.Option("--dry-run", help="Only tell how many.")]
 
 
+_Most = Annotated[int, typer.Option("--most", min=1, help="How many to list.")]
+
+
 @failures.callback(invoke_without_command=True)
 def list_failures(
     context: typer.Context,
@@ -35,13 +38,28 @@ def list_failures(
     schema: Schema = None,
     *,
     backend: _Of = None,
-    most: Annotated[int, typer.Option("--most", min=1, help="How many to list.")] = 100,
+    most: _Most = 100,
     json: Json = False,
 ) -> None:
     """List the keys that failed: dead ones first, then those that will be tried again."""
-    if context.invoked_subcommand is not None:
+    if context.invoked_subcommand is None:
+        list_them(app, config, dsn, schema, backend=backend, most=most, json=json)
+    else:
         refuse_options_before(context)
-        return
+
+
+@failures.command("list")
+def list_them(
+    app: App = None,
+    config: Config = None,
+    dsn: Dsn = None,
+    schema: Schema = None,
+    *,
+    backend: _Of = None,
+    most: _Most = 100,
+    json: Json = False,
+) -> None:
+    """List them, as without a command."""
     found = asyncio.run(errands.look_at_failures(tables_of(app, config, dsn, schema), backend, most))
     if json:
         typer.echo(json_text({"failures": found}))

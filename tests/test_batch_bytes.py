@@ -168,7 +168,7 @@ async def test_what_was_held_goes_in_parts_too(primary: AsyncEngine) -> None:
 async def test_only_the_part_that_hung_is_blamed(primary: AsyncEngine) -> None:
     """B2, F8: what went before it is done, what would have come after it was never tried and is released."""
     secondary, manager = await one(
-        primary, checked=True, lease=0.4, attempt_deadline=0.3, retry_initial=30, retry_max=30
+        primary, checked=True, lease=1.2, attempt_deadline=0.6, retry_initial=30, retry_max=30
     )
     secondary.always("2", Hang())
     await write(manager, large("1"), large("2"), large("3"))

@@ -300,6 +300,7 @@ class TestFailures:
         assert "Patient/[bold]1" in table.output
         assert "refused: this one never" in table.output
         [failure] = outbox("failures", "--json", "--dsn", dsn).document["failures"]
+        assert outbox("failures", "list", "--json", "--dsn", dsn).document == {"failures": [failure]}
         assert (failure["backend_id"], failure["state"], failure["attempts"]) == ("copy", "dead", 1)
         assert datetime.fromisoformat(failure["first_failed_at"]).tzinfo is not None
         assert outbox("failures", "--json", "--backend", "other", "--dsn", dsn).document == {"failures": []}

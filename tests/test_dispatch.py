@@ -298,7 +298,7 @@ async def test_one_that_answers_once_it_is_cancelled_is_asked_nothing_more(
 async def test_a_hang_that_ends_in_another_error_costs_no_attempt(primary: AsyncEngine, turn: Any) -> None:
     """Promise 8: the breaker counts it as away, and its relay carries on."""
     secondary = Turning(turn=turn)
-    manager = manager_of(primary, secondary, lease=0.4, attempt_deadline=0.15)
+    manager = manager_of(primary, secondary, lease=1.2, attempt_deadline=0.45)
     await manager.register()
     secondary.hang()
     await write(manager, change("1"), change("2"), change("3"))

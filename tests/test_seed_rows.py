@@ -63,7 +63,7 @@ async def test_a_panic_of_a_check_means_unavailable(primary: AsyncEngine) -> Non
     """Seed D6: what is asked after a timeout may panic too."""
     secondary = CheckedSecondary("search")
     secondary.unreachable = Panic()  # type: ignore[assignment]
-    manager = manager_of(primary, secondary, lease=0.4, attempt_deadline=0.15, breaker_initial=30, breaker_max=30)
+    manager = manager_of(primary, secondary, lease=1.2, attempt_deadline=0.45, breaker_initial=30, breaker_max=30)
     await manager.register()
     secondary.hang()
     await write(manager, change("1"))

@@ -40,7 +40,7 @@ from outbox.testing.postgres import PostgresServer
 HOUR = timedelta(hours=1)
 QUICK = SyncConfig(
     batch_size=7,
-    lease=timedelta(milliseconds=300),
+    lease=timedelta(seconds=2),
     poll_interval=timedelta(milliseconds=10),
     retry_initial=timedelta(milliseconds=5),
     retry_max=timedelta(milliseconds=50),

@@ -196,7 +196,7 @@ async def test_no_text_of_an_adapter_stops_the_relay(primary: AsyncEngine, text:
 async def test_a_check_that_fails_in_any_way_means_unavailable(primary: AsyncEngine, error: Exception) -> None:
     """Promises 7 and 8: after a timeout the secondary is asked whether it is there; any error says no."""
     secondary = CheckedSecondary("search")
-    manager = manager_of(primary, secondary, lease=0.4, attempt_deadline=0.15, breaker_initial=30, breaker_max=30)
+    manager = manager_of(primary, secondary, lease=1.2, attempt_deadline=0.45, breaker_initial=30, breaker_max=30)
     await manager.register()
     secondary.unreachable = error
     secondary.hang()

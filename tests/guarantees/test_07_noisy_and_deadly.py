@@ -73,7 +73,7 @@ async def _died_or_done(primary: AsyncEngine, relay: RelayProcess) -> bool:
 async def test_an_event_that_hangs_its_secondary_is_tried_again_with_nobody_beside_it(primary: AsyncEngine) -> None:
     """F5: the secondary answers when asked, so the batch is to blame; each of it is tried alone, all but one arrive."""
     secondary = CheckedSecondary("search")
-    manager = manager_of(primary, secondary, lease=0.4, attempt_deadline=0.15, max_attempts=3)
+    manager = manager_of(primary, secondary, lease=1.2, attempt_deadline=0.45, max_attempts=3)
     await manager.register()
     await write(manager, *(change(str(number)) for number in range(5)), change("hanging"))
     secondary.always("hanging", Hang())

@@ -271,7 +271,7 @@ async def test_the_breaker_survives_a_restart(primary: AsyncEngine) -> None:
 async def test_a_timeout_while_the_secondary_answers_blames_the_event(primary: AsyncEngine) -> None:
     """Design, retry: what hangs though the secondary is there spends an attempt and opens no breaker."""
     secondary = CheckedSecondary("search")
-    manager = manager_of(primary, secondary, lease=0.4, attempt_deadline=0.15, retry_initial=30, retry_max=30)
+    manager = manager_of(primary, secondary, lease=1.2, attempt_deadline=0.45, retry_initial=30, retry_max=30)
     await manager.register()
     secondary.always("1", Hang())
     await write(manager, change("1"))
@@ -289,7 +289,7 @@ async def test_a_timeout_of_a_secondary_that_does_not_answer_blames_nobody(prima
     secondary = CheckedSecondary("search") if asked else ScriptedSecondary("search")
     if isinstance(secondary, CheckedSecondary):
         secondary.unreachable = REFUSED
-    manager = manager_of(primary, secondary, lease=0.4, attempt_deadline=0.15)
+    manager = manager_of(primary, secondary, lease=1.2, attempt_deadline=0.45)
     await manager.register()
     secondary.hang()
     await write(manager, change("1"), change("2"))
