@@ -34,7 +34,8 @@ class Plot(NamedTuple):
 
 PLOTS = {
     "pending": Plot("growth-pending.png", "One relay before a backlog", "deliveries owed", "events per second"),
-    "secondaries": Plot("growth-secondaries.png", "By secondaries", "secondaries", "per second"),
+    "secondaries": Plot("growth-secondaries.png", "One relay for many", "secondaries", "deliveries per second"),
+    "recording": Plot("growth-recording.png", "Writers for many", "secondaries", "transactions per second"),
     "relays": Plot("growth-relays.png", "Relays at one secondary", "relays", "events per second"),
     "payload": Plot("growth-payload.png", "One relay by size of content", "bytes of one content", "events per second"),
     "rate": Plot("latency-by-rate.png", "Commit to applied", "events per second", "milliseconds"),

@@ -94,7 +94,7 @@ def compared(runs: list[Run], connections: int, secondaries: int) -> Iterator[Ro
         yield Row(f"{name.replace('_', '.')}, client CPU ms per event, {where}", cpu, most=GOAL_CPU_MS)
     if connections == 8:
         rates = [1 / each["recorded"].wall for each in runs]
-        yield Row(f"  record(), tx/s, {where}", rates, curve="secondaries:recording, 8 connections", x=secondaries)
+        yield Row(f"  record(), tx/s, {where}", rates, curve="recording:record(), 8 connections", x=secondaries)
 
 
 def sixteen(measured: list[dict[int, Run]], connections: int) -> Row:
