@@ -24,7 +24,7 @@ from outbox.event import SyncEvent
 from outbox.secondaries.base import Applied, Outcome, Rejected, ResourceDigest, Retry, Stale, Summary
 from outbox.secondaries.sql_digest import digests, live, summary, summing, within
 from outbox.secondaries.sql_engine import engine_of
-from outbox.secondaries.sql_failure import FAILURES, code_of, is_contention, is_fault_of_a_row, is_overtime
+from outbox.secondaries.sql_failure import FAILURES, code_of, is_contention, is_fault_of_a_row, is_locked, is_overtime
 from outbox.secondaries.sql_table import KEY, SENT, guarded_upsert, resources_table
 
 __all__ = ["SqlSecondary"]
@@ -274,8 +274,8 @@ class SqlSecondary:
             try:
                 await connection.execute(self._table.insert(), row)
             except DBAPIError as error:
-                # Whoever says that a row breaks some rule of the table takes those that do not.
-                if not is_fault_of_a_row(error):
+                # Whoever says that a row breaks a rule, or that another was quicker, takes writes.
+                if is_locked(error) or not (is_fault_of_a_row(error) or is_contention(error)):
                     raise
             await to_take_back.rollback()
 

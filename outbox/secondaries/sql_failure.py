@@ -6,7 +6,7 @@ import asyncpg
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 
-__all__ = ["FAILURES", "code_of", "is_contention", "is_fault_of_a_row", "is_overtime"]
+__all__ = ["FAILURES", "code_of", "is_contention", "is_fault_of_a_row", "is_locked", "is_overtime"]
 
 # What asyncpg raises while connecting reaches us as it is.
 FAILURES = (DBAPIError, PoolTimeout, OSError, asyncpg.PostgresError, asyncpg.InterfaceError)
@@ -16,8 +16,10 @@ FAILURES = (DBAPIError, PoolTimeout, OSError, asyncpg.PostgresError, asyncpg.Int
 # for a date or a field, too long, signalled by a trigger, check violated there and in MariaDB.
 _MYSQL_ROW_AT_FAULT = ("1048", "1062", "1264", "1292", "1366", "1406", "1644", "3819", "4025")
 _ROW_AT_FAULT = ("22", "23", "44", "45", "54", "P0", *_MYSQL_ROW_AT_FAULT, "SQLITE_CONSTRAINT", "SQLITE_TOOBIG")
-# Serialization failure, deadlock, lock not available; and MySQL's lock wait timeout and deadlock.
-_CONTENDED = ("40001", "40P01", "55P03", "1205", "1213")
+# Lock not available, and MySQL's lock wait timeout.
+_LOCKED = ("55P03", "1205")
+# Serialization failure, deadlock, and MySQL's deadlock.
+_CONTENDED = ("40001", "40P01", "1213", *_LOCKED)
 # The server's own limit for a statement was reached: PostgreSQL's, MariaDB's, MySQL's.
 _OVERTIME = ("57014", "70100", "1969", "3024")
 
@@ -40,6 +42,11 @@ def code_of(error: BaseException) -> str:
 def is_contention(error: BaseException) -> bool:
     """Say whether other writers were in the way, so that the same may succeed when tried again."""
     return code_of(error).startswith(_CONTENDED)
+
+
+def is_locked(error: BaseException) -> bool:
+    """Say whether a lock was waited for in vain; whoever loses to another writer meets a database that takes writes."""
+    return code_of(error).startswith(_LOCKED)
 
 
 def is_fault_of_a_row(error: BaseException) -> bool:

@@ -149,7 +149,8 @@ async def test_a_relay_killed_in_mid_batch_loses_nothing(primary: AsyncEngine, d
             already = len(await effects.asked())
             await write(manager, *(change(str(random.randrange(80)), round_) for _ in range(120)))
             with start() as relay:
-                await eventually(partial(_asked, effects, already + random.randint(1, 70)))
+                # One of each key may be all that goes out, and there are some sixty keys among these.
+                await eventually(partial(_asked, effects, already + random.randint(1, 40)))
                 relay.kill()
         await write(manager, told("surely", "wait:end"), *(change(str(number), 9) for number in range(40)))
         with start() as relay:
