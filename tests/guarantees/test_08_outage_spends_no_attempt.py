@@ -126,7 +126,8 @@ async def test_one_probe_at_a_time_decides_also_with_two_relays(primary: AsyncEn
     secondary.hang()
     async with running(manager.relay(), *(other.relay() for other in others)):
         await eventually(lambda: len(secondary.calls) >= already + 2)
-    probes = secondary.calls[already:]
+    # What may follow the second before all have stopped is another matter.
+    probes = secondary.calls[already : already + 2]
     assert {len(call.events) for call in probes} == {1}
     assert await value(primary, "select sum(lost) from outbox_attempt") == 0, "the machine stood still for a lease"
     assert all(_answered_first(before, after) for before, after in pairwise(probes))

@@ -15,7 +15,7 @@ from typing import Any
 from uuid import UUID
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from sqlalchemy import Column, Date, DateTime, Float, Integer, Interval, LargeBinary, Numeric, Text, Time, Uuid, text
 from sqlalchemy.ext.asyncio import AsyncEngine
@@ -272,6 +272,10 @@ json_texts = st.one_of(
     content=st.dictionaries(texts, anything, max_size=4) | anything | json_texts,
     limits=st.sampled_from([Limits(), Limits(depth=3, key_bytes=8, content_bytes=80), Limits(depth=1, key_bytes=1)]),
 )
+@example(content='{"a":1,"a":2}', limits=Limits())
+@example(content='{"a":[[[[[]]]]]}', limits=Limits(depth=3))
+@example(content='{"a":"\\u0000"}', limits=Limits())
+@example(content={1: "a"}, limits=Limits())
 @settings(max_examples=500, deadline=None, database=None, print_blob=True, suppress_health_check=[HealthCheck.too_slow])
 def test_the_quick_look_says_what_the_whole_walk_says(content: Any, limits: Limits) -> None:
     """P5: nothing is taken that a walk through every value would refuse, and nothing is written otherwise."""
