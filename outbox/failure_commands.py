@@ -24,8 +24,6 @@ _Id = Annotated[str | None, typer.Option("--id", help="Only this resource.")]
 _Code = Annotated[str | None, typer.Option("--code", help="Only what failed with this error code.")]
 _State = Annotated[str | None, typer.Option("--state", help="Only what is `retrying`, or only what is `dead`.")]
 _DryRun = Annotated[bool, typer.Option("--dry-run", help="Only tell how many.")]
-
-
 _Most = Annotated[int, typer.Option("--most", min=1, help="How many to list.")]
 
 

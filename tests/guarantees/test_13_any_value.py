@@ -294,7 +294,7 @@ def written_or_refused(content: Any, limits: Limits) -> tuple[str, str]:
 
 
 def test_what_is_usual_is_told_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every writer waits for it: a walk through every value takes two and a half times as long."""
+    """Every writer waits for it: a walk through every value takes about twice as long."""
     monkeypatch.setattr("outbox.content._walk", lambda *_: pytest.fail("walked"))
     usual = {"resourceType": "Patient", "name": [{"family": "Müller", "given": ["A", "B"]}], "x": [1, 2.5, True, None]}
     assert json.loads(encode_content(usual)) == usual
