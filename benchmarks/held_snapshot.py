@@ -24,6 +24,7 @@ from sqlalchemy.ext.asyncio import create_async_engine
 from benchmarks.ground import Nothing, Row, fill, outbox_database, percentile
 from outbox import Registration, RetryPolicy, SyncConfig, SyncManager
 from outbox.carrier import Carrier
+from outbox.housekeeping import Housekeeper
 from outbox.primary import Primary
 from outbox.testing.postgres import EmbeddedPostgres
 
@@ -55,11 +56,12 @@ class Writer:
 class Steps:
     """Every claim and settle of one carrier, timed, in windows."""
 
-    def __init__(self, carrier: Carrier, config: SyncConfig) -> None:
+    def __init__(self, carrier: Carrier, housekeeper: Housekeeper, config: SyncConfig) -> None:
         self.windows: list[list[float]] = []
         self.carried = 0
         self.tidying: list[float] = []
         self._carrier = carrier
+        self._housekeeper = housekeeper
         self._config = config
 
     async def run(self, writer: Writer, seconds: float) -> None:
@@ -84,19 +86,20 @@ class Steps:
 
     async def _tidy(self) -> None:
         started = time.perf_counter()
-        await self._carrier.tidy()
+        await self._housekeeper.tidy()
         self.tidying.append((time.perf_counter() - started) * 1000)
 
 
 @asynccontextmanager
 async def steps_of(url: str, config: SyncConfig) -> AsyncIterator[Steps]:
-    """A carrier as a relay makes it."""
+    """A carrier and a housekeeper as a relay makes them."""
     engine = create_async_engine(url)
     registration = Registration(Nothing())
     await SyncManager(engine, [registration]).register()
     primary = Primary(engine, config)
     await primary.open()
-    yield Steps(Carrier(registration, primary, config, RetryPolicy.from_config(config), uuid4()), config)
+    carrier = Carrier(registration, primary, config, RetryPolicy.from_config(config), uuid4())
+    yield Steps(carrier, Housekeeper(primary, config, [registration.backend_id]), config)
     await primary.close()
     await engine.dispose()
 
