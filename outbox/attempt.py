@@ -12,7 +12,7 @@ import msgspec
 from outbox.event import Operation, SyncEvent
 from outbox.secondaries.base import Applied, Rejected, Retry, Stale
 
-__all__ = ["OWED", "Attempt", "Held", "Lost", "Released", "Result", "Superseded"]
+__all__ = ["OWED", "Attempt", "Held", "Lost", "Refused", "Released", "Result", "Superseded"]
 
 # The events of attempts, each with what its hold remembers of its key; an event that is gone still has a row.
 OWED = """from {schema}.outbox_attempt as attempt
@@ -47,6 +47,14 @@ class Released(msgspec.Struct, frozen=True):
     code: str | None = None
 
 
+class Refused(msgspec.Struct, frozen=True):
+    """The secondary did not take the event, for reasons of its own: it has failed and waits, and spends no attempt."""
+
+    code: str
+    problem: str = ""
+    after: timedelta | None = None
+
+
 class Lost(msgspec.Struct, frozen=True):
     """The lease ran out: nobody knows whether the event was applied."""
 
@@ -54,13 +62,14 @@ class Lost(msgspec.Struct, frozen=True):
     problem: str = "the relay that had this event in hand went away"
 
 
-Result = Applied | Stale | Retry | Rejected | Superseded | Released | Lost
+Result = Applied | Stale | Retry | Rejected | Superseded | Released | Refused | Lost
 
 
 class Held(msgspec.Struct, frozen=True):
     """What its hold remembers of a key.
 
-    Failures of the event at its head, losses among them, the time since the first, and the lowest position not done.
+    Attempts spent on the event at its head, losses among them, the time since it first failed, and the lowest position
+    not done.
     """
 
     attempts: int
@@ -100,6 +109,11 @@ class Attempt(msgspec.Struct, frozen=True):
         held = {tuple(row[4:7]): Held(*row[:4]) for row in rows if row[0] is not None}
         attempt = cls.of_rows(attempt_id, backend_id, log_order=log_order, rows=found)
         return msgspec.structs.replace(attempt, held=held)
+
+    def failed_before(self, key: tuple[str, str, str]) -> bool:
+        """Whether the event at the head of a key has failed already, to blame or not."""
+        held = self.held.get(key)
+        return held is not None and held.failing_for is not None
 
     def alike(self, result: Result) -> list[Result]:
         """Give every event one result; in state order older events of a key are superseded whatever happens."""

@@ -15,7 +15,7 @@ from typing import TypeVar
 
 import msgspec
 
-from outbox.attempt import Attempt, Released, Result, Superseded
+from outbox.attempt import Attempt, Refused, Released, Result, Superseded
 from outbox.errors import Unavailable
 from outbox.event import Operation, SyncEvent
 from outbox.parts import Budget, Events, Parts
@@ -28,6 +28,7 @@ __all__ = ["Dispatched", "answers", "ask", "dispatch", "highest_of"]
 _log = logging.getLogger("outbox.dispatch")
 
 _OPERATIONS = frozenset(Operation)
+_UNSENT = frozenset((Superseded, Released))
 _WITHOUT_A_WAIT = frozenset((Applied, Stale, Rejected))
 _UNKNOWN_OUTCOME = Retry("unknown_outcome", "the secondary's answer does not match the batch")
 # Written by a newer version: a newer relay will know it, so it must not die here.
@@ -72,7 +73,7 @@ async def dispatch(
         return await _after_timeout(secondary, results)
     except Unavailable as error:
         return Dispatched(_filled(results, Released(error.code)), error)
-    return Dispatched(_filled(results, Released()))
+    return _judged(attempt, _filled(results, Released()))
 
 
 async def highest_of(secondary: Positioned, deadline: timedelta) -> int:
@@ -198,7 +199,7 @@ async def _believed(ask: Callable[[], Awaitable[_Answer]]) -> _Answer:
         raise Unavailable(error.code, error.problem, retry_after=_wait(error.retry_after), known=known) from None
 
 
-def _trusted(answer: object, expected: int) -> Sequence[Outcome]:
+def _trusted(answer: object, expected: int) -> Sequence[Outcome | Refused]:
     """An answer of another length, or in other words, says nothing about anybody."""
     said = answer if isinstance(answer, (list, tuple)) else ()
     if len(said) == expected and _WITHOUT_A_WAIT.issuperset(map(type, said)):
@@ -210,10 +211,10 @@ def _trusted(answer: object, expected: int) -> Sequence[Outcome]:
     return [_UNKNOWN_OUTCOME] * expected
 
 
-def _outcome(said: object) -> Outcome | None:
+def _outcome(said: object) -> Outcome | Refused | None:
     """Return an outcome with a wait that is one, None for any other word."""
     if type(said) is Retry:
-        return Retry(said.code, said.problem, _wait(said.after))
+        return (Refused if said.blameless is True else Retry)(said.code, said.problem, _wait(said.after))
     return said if isinstance(said, (Applied, Stale, Rejected)) and type(said) in _WITHOUT_A_WAIT else None
 
 
@@ -250,6 +251,20 @@ async def _after_timeout(secondary: Secondary, results: list[Result | None]) -> 
             return Dispatched(_filled(results, _HUNG))
     hung = Unavailable("timeout", "no answer within the attempt's deadline")
     return Dispatched(_filled(results, Released(hung.code)), hung)
+
+
+def _judged(attempt: Attempt, results: list[Result]) -> Dispatched:
+    """Nothing but refusals, and one of them of a key that had not failed yet: then no part of the secondary works.
+
+    Who was refused before says nothing of the rest: where a part is lost for days, it would stop all others.
+    """
+    if Refused not in map(type, results):
+        return Dispatched(results)
+    answered = [(event, each) for event, each in zip(attempt.events, results, strict=True) if type(each) not in _UNSENT]
+    refused = [each for _, each in answered if isinstance(each, Refused)]
+    if len(refused) < len(answered) or all(attempt.failed_before(event.key) for event, _ in answered):
+        return Dispatched(results)
+    return Dispatched(results, Unavailable(refused[0].code, refused[0].problem, retry_after=refused[0].after))
 
 
 def _filled(results: list[Result | None], rest: Result) -> list[Result]:

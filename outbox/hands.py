@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 from uuid import UUID
 
 from outbox.ahead import Ahead
-from outbox.attempt import Attempt, Released
+from outbox.attempt import Attempt, Refused, Released
 from outbox.breaker import ease, trip
 from outbox.dispatch import Dispatched, dispatch
 from outbox.errors import Unavailable
@@ -35,7 +35,7 @@ _log = logging.getLogger("outbox.relay")
 _T = TypeVar("_T")
 _HANDING_BACK = 5.0
 _LAST_CLAIM = 0.5
-_ANSWERED = (Applied, Stale, Retry, Rejected)
+_ANSWERED = (Applied, Stale, Retry, Refused, Rejected)
 
 
 class Opened(NamedTuple):

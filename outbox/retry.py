@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import Self
 
-from tenacity import RetryCallState, Retrying, stop_after_attempt, wait_random_exponential
+from tenacity import RetryCallState, Retrying, stop_after_attempt, wait_random, wait_random_exponential
 from tenacity.stop import StopBaseT
 from tenacity.wait import WaitBaseT
 
@@ -52,8 +52,20 @@ class RetryPolicy:
             seconds = max(seconds, asked.total_seconds())
         return timedelta(seconds=min(seconds, longest))
 
+    def patience(self, failing_for: timedelta, asked: timedelta | None = None) -> timedelta:
+        """Return how long to wait where the event is not to blame: it is never dead.
+
+        As long as after a first failure, and half of the time it has been failing at least, so that the waits grow
+        exponentially without being counted; `asked` lengthens it, and nothing beyond `longest`.
+        """
+        state = _call_state(1, failing_for)
+        grown = failing_for.total_seconds() * _HALF_OR_MORE(state)
+        seconds = max(float(self.wait(state)), grown, asked.total_seconds() if asked is not None else 0.0)
+        return timedelta(seconds=min(seconds, self.longest.total_seconds()))
+
 
 _NO_RETRYING = Retrying()
+_HALF_OR_MORE = wait_random(0.5, 1)
 
 
 def _call_state(attempts: int, failing_for: timedelta) -> RetryCallState:

@@ -2,25 +2,23 @@
 
 from __future__ import annotations
 
-import re
 from collections import Counter
 from collections.abc import Sequence
-from datetime import datetime, timedelta
 from typing import TYPE_CHECKING, Any
 from uuid import UUID
 
 import msgspec
 
-from outbox.attempt import Attempt, Held, Lost, Released, Result, Superseded
-from outbox.event import SyncEvent
+from outbox.attempt import Attempt, Lost, Refused, Released, Result, Superseded
 from outbox.retry import RetryPolicy
 from outbox.secondaries.base import Applied, Rejected, Retry, Stale
 from outbox.statement import Statement
+from outbox.verdict import OWED, Kept, Key, printable_code, verdicts
 
 if TYPE_CHECKING:
     import asyncpg
 
-__all__ = ["CLOSE", "SETTLE", "Kept", "Settled", "keep", "settle"]
+__all__ = ["CLOSE", "SETTLE", "Settled", "settle"]
 
 # Nearly every batch ends so: nothing failed and nothing was held, and one row says it all.
 CLOSE = Statement("""
@@ -84,53 +82,29 @@ with closed as (
            hashtextextended(kept.tenant_id || '/' || kept.resource_type || '/' || kept.resource_id, 0),
            cast(kept.event_ids as bigint[]), kept.oldest_id, kept.owed_since, kept.state, kept.attempts, kept.lost,
            kept.alone,
-           case when kept.attempts > 0 then statement_timestamp() end,
+           case when kept.anew then statement_timestamp() end,
            case when kept.error_code is not null then statement_timestamp() end,
            statement_timestamp() + make_interval(secs => kept.delay), kept.error_code, kept.error
     from closed cross join unnest(
         cast(:tenant_ids as text[]), cast(:resource_types as text[]), cast(:resource_ids as text[]),
         cast(:event_ids as text[]), cast(:oldest_ids as bigint[]), cast(:owed_since as timestamptz[]),
         cast(:states as text[]),
-        cast(:attempts as integer[]), cast(:losts as integer[]), cast(:alone as boolean[]),
+        cast(:attempts as integer[]), cast(:losts as integer[]), cast(:alone as boolean[]), cast(:anew as boolean[]),
         cast(:delays as double precision[]), cast(:error_codes as text[]), cast(:errors as text[])
     ) as kept (tenant_id, resource_type, resource_id, event_ids, oldest_id, owed_since, state, attempts, lost, alone,
-               delay, error_code, error)
+               anew, delay, error_code, error)
     on conflict (backend_id, key_hash, tenant_id, resource_type, resource_id, page) do update
     set event_ids = excluded.event_ids || hold.event_ids, oldest_id = excluded.oldest_id,
         owed_since = excluded.owed_since, state = excluded.state, attempts = excluded.attempts, lost = excluded.lost,
         alone = excluded.alone, next_attempt_at = excluded.next_attempt_at,
-        first_failed_at = case when excluded.attempts > 1 or excluded.attempts = 1 and excluded.error_code is null
-                               then hold.first_failed_at else excluded.first_failed_at end,
+        first_failed_at = coalesce(excluded.first_failed_at, case when excluded.state <> 'released'
+                                                                  then hold.first_failed_at end),
         last_failed_at = coalesce(excluded.last_failed_at, hold.last_failed_at),
         error_code = coalesce(excluded.error_code, hold.error_code),
         error = coalesce(excluded.error, hold.error)
 )
 select attempt_id from closed
 """)
-
-_LONGEST_ERROR = 1024
-_UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\u061c\u200b-\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]+")
-_ALONE_AFTER_LOST = 2
-
-_Key = tuple[str, str, str]
-_FRESH = Held(0, 0, None, None)
-_OWED = (Retry, Rejected, Released, Lost)
-
-
-class Kept(msgspec.Struct, frozen=True):
-    """One key that stays held: what it owes, and when it is due. `delay` is None for a dead key."""
-
-    key: _Key
-    event_ids: list[int]
-    oldest_id: int
-    owed_since: datetime
-    state: str
-    attempts: int
-    lost: int
-    alone: bool
-    delay: float | None
-    error_code: str | None = None
-    error: str | None = None
 
 
 class Settled(msgspec.Struct, frozen=True):
@@ -163,82 +137,17 @@ async def settle(
         "relay_id": relay_id,
         **_counts(counted),
     }
-    if not expired and not attempt.held and not any(kind in counted for kind in _OWED):
+    if not expired and not attempt.held and not any(kind in counted for kind in OWED):
         return Settled() if await connection.fetchval(*CLOSE.arguments(schema, parameters)) is not None else None
-    kept, done = _sorted_out(attempt, results, policy)
+    kept, done = verdicts(attempt, results, policy)
     parameters |= {
         "expired": expired,
-        "error_code": _code(error_code) or next((each.error_code for each in kept if each.error_code), None),
+        "error_code": printable_code(error_code) or next((each.error_code for each in kept if each.error_code), None),
         **_done_parameters(done),
         **_kept_parameters(kept),
     }
     closed = await connection.fetchval(*SETTLE.arguments(schema, parameters)) is not None
     return _left_by(kept) if closed else None
-
-
-def keep(
-    key: _Key, events: Sequence[SyncEvent], results: Sequence[Result], held: Held, policy: RetryPolicy
-) -> Kept | None:
-    """Decide what becomes of a key, given its events in hand in order; None when all of them are done.
-
-    The first event still owed decides: a release costs nothing, a failure or a loss spends one attempt of that event.
-    """
-    owed = [index for index, result in enumerate(results) if isinstance(result, _OWED)]
-    if not owed:
-        return None
-    head = owed[0]
-    # What was superseded is not done before the newer event is.
-    first = 0 if all(isinstance(result, Superseded) for result in results[:head]) else head
-    if first > 0:
-        # Attempts belong to the event at the head; one that got there just now starts afresh.
-        held = _FRESH
-    positions = [events[index].position or 0 for index in owed]
-    oldest = held.oldest_id or events[first].position or 0
-    since = events[head].created_at
-    assert since is not None, "a recorded event has its time"
-    alone = held.lost >= _ALONE_AFTER_LOST
-    # What failed before is a failure still: whoever looks for it finds it, also while its relays are stopped.
-    state = "retrying" if held.attempts else "released"
-    kept = Kept(key, positions, oldest, since, state, held.attempts, held.lost, alone, 0.0)
-    result = results[head]
-    return _failed(kept, held, result, policy) if isinstance(result, (Retry, Rejected, Lost)) else kept
-
-
-def _failed(kept: Kept, held: Held, result: Retry | Rejected | Lost, policy: RetryPolicy) -> Kept:
-    attempts = held.attempts + 1
-    lost = held.lost + isinstance(result, Lost)
-    after = result.after if isinstance(result, Retry) else None
-    failing_for = held.failing_for or timedelta(0)
-    delay = None if isinstance(result, Rejected) else policy.delay(attempts, failing_for, after)
-    return msgspec.structs.replace(
-        kept,
-        state="dead" if delay is None else "retrying",
-        attempts=attempts,
-        lost=lost,
-        # What may have killed or hung its relay is tried again with nobody beside it.
-        alone=lost >= _ALONE_AFTER_LOST or result.code == "timeout",
-        delay=None if delay is None else delay.total_seconds(),
-        error_code=_code(result.code),
-        error=_printable(result.problem, _LONGEST_ERROR),
-    )
-
-
-def _sorted_out(attempt: Attempt, results: Sequence[Result], policy: RetryPolicy) -> tuple[list[Kept], list[_Key]]:
-    """Return the keys that are held from now on, and the held keys that are done."""
-    kept: list[Kept] = []
-    done: list[_Key] = []
-    by_key: dict[_Key, tuple[list[SyncEvent], list[Result]]] = {}
-    for event, result in zip(attempt.events, results, strict=True):
-        events, found = by_key.setdefault(event.key, ([], []))
-        events.append(event)
-        found.append(result)
-    for key, (events, found) in by_key.items():
-        decision = keep(key, events, found, attempt.held.get(key, _FRESH), policy)
-        if decision is not None:
-            kept.append(decision)
-        elif key in attempt.held:
-            done.append(key)
-    return kept, done
 
 
 def _left_by(kept: list[Kept]) -> Settled:
@@ -253,12 +162,12 @@ def _counts(found: Counter[type[Result]]) -> dict[str, int]:
         "superseded": found[Superseded],
         "retried": found[Retry],
         "rejected": found[Rejected],
-        "released": found[Released],
+        "released": found[Released] + found[Refused],
         "lost": found[Lost],
     }
 
 
-def _done_parameters(done: list[_Key]) -> dict[str, Any]:
+def _done_parameters(done: list[Key]) -> dict[str, Any]:
     return {
         "done_tenant_ids": [key[0] for key in done],
         "done_resource_types": [key[1] for key in done],
@@ -279,17 +188,8 @@ def _kept_parameters(kept: list[Kept]) -> dict[str, Any]:
         "attempts": [each.attempts for each in kept],
         "losts": [each.lost for each in kept],
         "alone": [each.alone for each in kept],
+        "anew": [each.anew for each in kept],
         "delays": [each.delay for each in kept],
         "error_codes": [each.error_code for each in kept],
         "errors": [each.error for each in kept],
     }
-
-
-def _code(code: object) -> str | None:
-    return None if code is None else _printable(code, 64)
-
-
-def _printable(problem: object, longest: int) -> str:
-    """Return text without what terminals obey or PostgreSQL refuses; what is no text says only its type."""
-    text = problem if isinstance(problem, str) else type(problem).__name__
-    return _UNPRINTABLE.sub(" ", text[: 4 * longest])[:longest]

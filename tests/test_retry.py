@@ -53,6 +53,19 @@ def test_every_delay_lies_between_zero_and_the_cap(
 
 
 @calmly
+@given(configs(), AGES, st.one_of(st.none(), st.timedeltas()))
+def test_who_is_not_to_blame_waits_longer_and_longer_within_the_cap(
+    config: SyncConfig, age: timedelta, asked: timedelta | None
+) -> None:
+    """Half of the time that it has been failing at least, and what was asked for; it is never dead."""
+    policy = RetryPolicy.from_config(config.model_copy(update={"max_attempts": 1}))
+    wait = policy.patience(age, asked)
+    assert timedelta(0) <= wait <= config.retry_max
+    assert wait >= min(max(age / 2, asked or age / 2), config.retry_max)
+    assert wait <= max(age, asked or age, config.retry_initial)
+
+
+@calmly
 @given(configs(), ATTEMPTS)
 def test_no_delay_exceeds_its_own_bound(config: SyncConfig, attempts: int) -> None:
     """B5: the bound doubles (or whatever the multiplier is) from the initial one, and not from one second."""

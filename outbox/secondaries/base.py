@@ -41,14 +41,18 @@ class Stale(msgspec.Struct, frozen=True):
 
 
 class Retry(msgspec.Struct, frozen=True):
-    """The event failed and may succeed later; it spends an attempt.
+    """The event failed and may succeed later; it spends an attempt, unless it is `blameless`.
 
     `code` is a short stable word for status pages and never holds content; `after` is a wait the secondary asked for.
+    `blameless` says that the secondary refused the event for reasons of its own, which others may not meet: a part of
+    it is lost, or it has too much to do. Such an event is tried again for ever, ever less often. A batch of which
+    nothing else becomes counts as `Unavailable` does, unless all of it had failed before.
     """
 
     code: str
     problem: str = ""
     after: timedelta | None = None
+    blameless: bool = False
 
 
 class Rejected(msgspec.Struct, frozen=True):

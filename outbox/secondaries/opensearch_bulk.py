@@ -8,7 +8,6 @@ from datetime import timedelta
 
 import msgspec
 
-from outbox.errors import Unavailable
 from outbox.event import SyncEvent
 from outbox.secondaries.base import Applied, Outcome, Rejected, Retry, Stale
 from outbox.secondaries.opensearch_answer import Answer, error_type, raise_unreadable
@@ -17,10 +16,7 @@ from outbox.secondaries.opensearch_documents import alias_name, document_id, doc
 __all__ = [
     "INDEX_MISSING",
     "UNKNOWN_OUTCOME",
-    "Fault",
-    "Found",
     "Write",
-    "blamed",
     "bulk_body",
     "outcomes_of",
     "parts_of",
@@ -29,6 +25,7 @@ __all__ = [
 
 INDEX_MISSING = "index_not_found_exception"
 UNKNOWN_OUTCOME = Retry("unknown_outcome")
+_REASONS_OF_ITS_OWN = "the search server refused the document for reasons of its own"
 # Errors that blame the cluster or the index, whatever their status: no document is at fault, none is given up.
 _SECONDARY_FAULTS = frozenset(
     {
@@ -47,16 +44,6 @@ _SECONDARY_FAULTS = frozenset(
 )
 # Too much to do, or not up yet: an answer about the cluster by whatever name, as there is no end to the names.
 _OVERLOADED = (429, 503)
-
-
-class Fault(msgspec.Struct, frozen=True):
-    """What kept a document out and is not its fault; an outcome of the document only when others were taken."""
-
-    code: str
-    after: timedelta | None = None
-
-
-Found = Outcome | Fault
 
 
 class Write(msgspec.Struct, frozen=True):
@@ -132,7 +119,7 @@ def parts_of(writes: Iterable[Write], most_bytes: int) -> Iterator[Sequence[Writ
         yield part
 
 
-def outcomes_of(answer: Answer, writes: Sequence[Write]) -> list[Found]:
+def outcomes_of(answer: Answer, writes: Sequence[Write]) -> list[Outcome]:
     """Read an answer against the request it belongs to; whatever does not fit is of unknown outcome.
 
     An answer of another length says nothing about any write, for nobody can tell which item is missing or too many.
@@ -148,16 +135,7 @@ def outcomes_of(answer: Answer, writes: Sequence[Write]) -> list[Found]:
     return [_outcome(item.index, write, answer.retry_after) for item, write in zip(items, writes, strict=True)]
 
 
-def blamed(found: Sequence[Found]) -> list[Outcome]:
-    """Return the outcomes of a part, its faults as failed tries. Raises `Unavailable` when every document met one."""
-    first = found[0]
-    if isinstance(first, Fault) and all(isinstance(one, Fault) for one in found):
-        problem = "the search server refused every document for its own reasons"
-        raise Unavailable(first.code, problem, retry_after=first.after)
-    return [Retry(one.code, after=one.after) if isinstance(one, Fault) else one for one in found]
-
-
-def _outcome(result: _Result, write: Write, after: timedelta | None) -> Found:
+def _outcome(result: _Result, write: Write, after: timedelta | None) -> Outcome:
     known = result.index in (write.alias, write.index) or is_behind(result.index, write.alias)
     if result.id != write.document_id or not known:
         return UNKNOWN_OUTCOME
@@ -169,11 +147,11 @@ def _outcome(result: _Result, write: Write, after: timedelta | None) -> Found:
     return _failure(result.status, error_type(result.error.type), after)
 
 
-def _failure(status: int, code: str, after: timedelta | None) -> Found:
+def _failure(status: int, code: str, after: timedelta | None) -> Outcome:
     if status == 409 and code == "version_conflict_engine_exception":
         return Stale()
     if status in _OVERLOADED or code in _SECONDARY_FAULTS:
-        return Fault(code, after)
+        return Retry(code, _REASONS_OF_ITS_OWN, after, blameless=True)
     if status in (400, 404, 413):
         return Rejected(code)
     return Retry(code, after=after)

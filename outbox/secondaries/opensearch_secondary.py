@@ -11,14 +11,11 @@ from typing import Any
 
 from outbox.errors import SettingsError, Unavailable
 from outbox.event import SyncEvent
-from outbox.secondaries.base import Outcome, Rejected, ResourceDigest
+from outbox.secondaries.base import Outcome, Rejected, ResourceDigest, Retry
 from outbox.secondaries.opensearch_answer import raise_refused, raise_unreadable
 from outbox.secondaries.opensearch_bulk import (
     INDEX_MISSING,
-    Fault,
-    Found,
     Write,
-    blamed,
     bulk_body,
     outcomes_of,
     parts_of,
@@ -171,12 +168,12 @@ class SearchSecondary:
         found = await self._bulk(part)
         if found is None:
             return None
-        lost = [at for at, one in enumerate(found) if isinstance(one, Fault) and one.code == INDEX_MISSING]
+        lost = [at for at, one in enumerate(found) if isinstance(one, Retry) and one.code == INDEX_MISSING]
         if lost:
             await self._restore(part, found, lost)
-        return blamed(found)
+        return found
 
-    async def _restore(self, part: Sequence[Write], found: list[Found], lost: Sequence[int]) -> None:
+    async def _restore(self, part: Sequence[Write], found: list[Outcome], lost: Sequence[int]) -> None:
         """Create the missing indices and write once more what found none."""
         writes = [part[at] for at in lost]
         try:
@@ -190,7 +187,7 @@ class SearchSecondary:
         for at, one in zip(lost, again or (), strict=again is not None):
             found[at] = one
 
-    async def _bulk(self, part: Sequence[Write]) -> list[Found] | None:
+    async def _bulk(self, part: Sequence[Write]) -> list[Outcome] | None:
         # Without `require_alias` a server that lost an index would make one up, without our mapping and our alias.
         request = Request("POST", "/_bulk", bulk_body(part), {"require_alias": "true"}, NDJSON)
         answer = await self._http.send(request)

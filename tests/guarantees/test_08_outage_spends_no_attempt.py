@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from sqlalchemy.ext.asyncio import AsyncEngine
 
-from outbox import Outcome, SyncEvent, SyncManager
+from outbox import Outcome, Registration, Retry, SyncEvent, SyncManager
 from outbox.errors import Unavailable
 from outbox.secondaries.opensearch_answer import retry_after_of
 from tests.relaying import change, execute, hold_of, manager_of, pending, rows, running, value, write
@@ -18,6 +18,7 @@ from tests.scripted import Call, CheckedSecondary, Hang, ScriptedSecondary
 from tests.waiting import eventually
 
 REFUSED = Unavailable("refused", "nobody there")
+SHARD_LOST = Retry("shard_lost", blameless=True)
 
 
 async def one(primary: AsyncEngine, **settings: Any) -> tuple[ScriptedSecondary, SyncManager]:
@@ -317,3 +318,97 @@ async def test_going_away_half_way_costs_the_rest_no_attempt_either(primary: Asy
         await eventually(lambda: nothing_owed(primary))
     assert await value(primary, "select sum(retried + rejected + lost) from outbox_attempt") == 0
     assert len(secondary.sent) == 9, "what was known to be done was sent again"
+
+
+async def test_what_a_part_of_the_secondary_refuses_spends_no_attempt(primary: AsyncEngine) -> None:
+    """Its documents wait, visibly, for as long as it takes, and keep nothing else; then they arrive."""
+    secondary, manager = await one(primary, max_attempts=1)
+    secondary.always("1", SHARD_LOST)
+    async with running(manager.relay()):
+        await write(manager, *(change(str(number)) for number in range(5)))
+        await eventually(lambda: len(secondary.calls_with("1")) >= 6)
+        status = await manager.backend_status("search")
+        assert (status.pending, status.failing, status.dead, status.retried, status.lost) == (1, 1, 0, 0, 0)
+        assert status.breaker == "closed"
+        hold = await hold_of(primary, "1")
+        assert hold is not None
+        assert (hold["state"], hold["attempts"], hold["error_code"]) == ("retrying", 0, "shard_lost")
+        secondary.heal("1")
+        await eventually(lambda: nothing_owed(primary))
+    assert len(secondary.held) == 5
+
+
+async def test_refusals_and_nothing_else_are_an_outage(primary: AsyncEngine) -> None:
+    """No part of it works: the breaker opens, for as long as it asked."""
+    secondary, manager = await one(primary, breaker_threshold=3, retry_max=60)
+    for name in ("1", "2", "3"):
+        secondary.always(name, Retry("throttled", after=timedelta(seconds=20), blameless=True))
+    await write(manager, *(change(name) for name in ("1", "2", "3")))
+    assert await manager.relay().run_once("search") == 3
+    opened = await breaker(primary)
+    assert opened["state"] == "open"
+    assert timedelta(seconds=19) < opened["wait"] <= timedelta(seconds=20.9)
+    assert await value(primary, "select max(attempts) from outbox_hold") == 0
+
+
+async def test_one_that_is_taken_says_that_it_is_no_outage(primary: AsyncEngine) -> None:
+    secondary, manager = await one(primary, breaker_threshold=1)
+    secondary.always("1", SHARD_LOST)
+    await write(manager, change("1"), change("2"))
+    assert await manager.relay().run_once("search") == 2
+    assert not await is_open(primary)
+
+
+async def test_what_was_refused_before_stops_nobody_else(primary: AsyncEngine) -> None:
+    """A lost part for days, and all that is due is its own: the secondary answers, and what is new gets through."""
+    secondary, manager = await one(primary, breaker_threshold=1, breaker_initial=30, breaker_max=30)
+    secondary.always("1", SHARD_LOST)
+    await write(manager, change("1"))
+    relay = manager.relay()
+    assert await relay.run_once("search") == 1
+    assert await is_open(primary)
+    await execute(primary, "update outbox_secondary set breaker_until = now()")
+    await execute(primary, "update outbox_hold set next_attempt_at = now()")
+    assert await relay.run_once("search") == 1, "the probe"
+    assert secondary.sent_to("1") == [1, 1]
+    assert not await is_open(primary)
+    await write(manager, change("2"))
+    await eventually(lambda: relay.run_once("search"))
+    await eventually(lambda: bool(secondary.calls_with("2")))
+    assert not await is_open(primary)
+
+
+async def test_in_log_order_a_refused_event_keeps_the_later_ones_of_its_key(primary: AsyncEngine) -> None:
+    secondary = ScriptedSecondary("search")
+    manager = manager_of(primary, Registration(secondary, ordering="log"), max_attempts=1)
+    await manager.register()
+    secondary.script("1", SHARD_LOST, SHARD_LOST, SHARD_LOST)
+    await write(manager, change("1", 1), change("1", 2), change("2"))
+    async with running(manager.relay()):
+        await eventually(lambda: nothing_owed(primary))
+    assert secondary.sent_to("1") == [1, 1, 1, 1, 2]
+
+
+async def test_a_refusal_makes_the_waits_longer_and_a_failure_after_it_is_its_first(primary: AsyncEngine) -> None:
+    """Nothing is counted: the time since the first refusal says how long to wait, and says nothing of the event."""
+    secondary, manager = await one(primary, max_attempts=2, retry_initial=5, retry_max=3_600)
+    secondary.script("1", SHARD_LOST, SHARD_LOST, SHARD_LOST, Retry("busy"))
+    await write(manager, change("1"))
+    relay = manager.relay()
+    earlier = "next_attempt_at = now(), first_failed_at = now() - interval '10 minutes'"
+    waits = []
+    for _ in range(4):
+        assert await eventually(lambda: relay.run_once("search")) == 1
+        hold = await hold_of(primary, "1")
+        assert hold is not None
+        waits.append((hold["next_attempt_at"] - hold["last_failed_at"]).total_seconds())
+        if len(waits) == 1:
+            await execute(primary, f"update outbox_hold set {earlier}")
+        else:
+            await execute(primary, "update outbox_hold set next_attempt_at = now()")
+    assert waits[0] <= 5
+    assert 300 <= waits[1] <= 602
+    assert 300 <= waits[2] <= 604, "the second refusal is no first one"
+    assert waits[3] <= 5
+    assert (hold["state"], hold["attempts"], hold["error_code"]) == ("retrying", 1, "busy")
+    assert hold["first_failed_at"] == hold["last_failed_at"]

@@ -27,6 +27,13 @@ Search = OpenSearchSecondary | ElasticsearchSecondary
 Items = list[dict[str, Any]]
 
 UNKNOWN = Retry("unknown_outcome")
+
+
+def refused(code: str, after: timedelta | None = None) -> Retry:
+    """What becomes of a document that the cluster or its index would not take."""
+    return Retry(code, "the search server refused the document for reasons of its own", after, blameless=True)
+
+
 SHORT = timedelta(seconds=1)
 
 
@@ -250,11 +257,11 @@ async def test_a_200_that_is_no_bulk_answer_leaves_everything_unknown(search: Se
         (404, "document_missing_exception", Rejected("document_missing_exception")),
         (413, "too_long", Rejected("too_long")),
         (400, "Quoted 'secret' value", Rejected("unnamed_error")),
-        (400, "index_closed_exception", Retry("index_closed_exception")),
-        (403, "cluster_block_exception", Retry("cluster_block_exception")),
-        (429, "rejected_execution_exception", Retry("rejected_execution_exception")),
-        (503, "unavailable_shards_exception", Retry("unavailable_shards_exception")),
-        (429, "circuit_breaking_exception", Retry("circuit_breaking_exception")),
+        (400, "index_closed_exception", refused("index_closed_exception")),
+        (403, "cluster_block_exception", refused("cluster_block_exception")),
+        (429, "rejected_execution_exception", refused("rejected_execution_exception")),
+        (503, "unavailable_shards_exception", refused("unavailable_shards_exception")),
+        (429, "circuit_breaking_exception", refused("circuit_breaking_exception")),
         (500, "null_pointer_exception", Retry("null_pointer_exception")),
     ],
 )
@@ -279,21 +286,20 @@ async def test_an_item_error_of_its_own_never_blames_the_secondary(search: Searc
         (503, "nobody_ever_heard_of_it"),
     ],
 )
-async def test_when_the_cluster_refuses_every_item_the_secondary_is_unavailable(
+async def test_what_the_cluster_refuses_is_no_fault_of_the_documents(
     search: Search, server: SearchServer, status: int, kind_of_error: str
 ):
     """Guarantee 8: an outage costs no event its attempts, whatever the server calls it."""
     refuse = {"Retry-After": "7"}
     server.bulk = lambda items: answered([failed(item, status, kind_of_error) for item in items], **refuse)
-    error = await refusal(search)
-    assert (error.code, error.retry_after) == (kind_of_error, timedelta(seconds=7))
+    assert await search.apply(batch(2)) == [refused(kind_of_error, timedelta(seconds=7))] * 2
 
 
 async def test_a_throttled_item_carries_the_wait(search: Search, server: SearchServer):
     kind = "rejected_execution_exception"
     server.bulk = lambda i: answered([i[0], failed(i[1], 429, kind)], **{"Retry-After": "7"})
     outcomes = await search.apply(batch(2))
-    assert outcomes == [Applied(), Retry(kind, after=timedelta(seconds=7))]
+    assert outcomes == [Applied(), refused(kind, timedelta(seconds=7))]
 
 
 async def test_a_missing_index_is_created_and_the_write_repeated(search: Search, server: SearchServer):
@@ -317,7 +323,7 @@ def without_organizations(items: Items) -> web.Response:
 async def test_an_index_that_stays_missing_is_tried_again_later(search: Search, server: SearchServer):
     server.bulk = without_organizations
     events = [write("p1", 1), write("o1", 2, place=("acme", "Organization"))]
-    assert await search.apply(events) == [Applied(), Retry("index_not_found_exception")]
+    assert await search.apply(events) == [Applied(), refused("index_not_found_exception")]
     assert len(server.bulks) == 2
 
 
@@ -325,7 +331,7 @@ async def test_an_index_that_may_not_be_created_fails_what_needs_it(search: Sear
     server.bulk = without_organizations
     server.create = lambda: web.Response(status=403)
     events = [write("p1", 1), write("o1", 2, place=("acme", "Organization"))]
-    assert await search.apply(events) == [Applied(), Retry("index_not_found_exception")]
+    assert await search.apply(events) == [Applied(), refused("index_not_found_exception")]
     with pytest.raises(Unavailable) as caught:
         await search.apply(events[1:])
     assert caught.value.code == "forbidden"

@@ -44,23 +44,23 @@ with closed as (
            hashtextextended(kept.tenant_id || '/' || kept.resource_type || '/' || kept.resource_id, 0),
            cast(kept.event_ids as bigint[]), kept.oldest_id, kept.owed_since, kept.state, kept.attempts, kept.lost,
            kept.alone,
-           case when kept.attempts > 0 then statement_timestamp() end,
+           case when kept.anew then statement_timestamp() end,
            case when kept.error_code is not null then statement_timestamp() end,
            statement_timestamp() + make_interval(secs => kept.delay), kept.error_code, kept.error
     from closed cross join unnest(
         cast($16 as text[]), cast($17 as text[]), cast($18 as text[]),
         cast($19 as text[]), cast($20 as bigint[]), cast($21 as timestamptz[]),
         cast($22 as text[]),
-        cast($23 as integer[]), cast($24 as integer[]), cast($25 as boolean[]),
-        cast($26 as double precision[]), cast($27 as text[]), cast($28 as text[])
+        cast($23 as integer[]), cast($24 as integer[]), cast($25 as boolean[]), cast($26 as boolean[]),
+        cast($27 as double precision[]), cast($28 as text[]), cast($29 as text[])
     ) as kept (tenant_id, resource_type, resource_id, event_ids, oldest_id, owed_since, state, attempts, lost, alone,
-               delay, error_code, error)
+               anew, delay, error_code, error)
     on conflict (backend_id, key_hash, tenant_id, resource_type, resource_id, page) do update
     set event_ids = excluded.event_ids || hold.event_ids, oldest_id = excluded.oldest_id,
         owed_since = excluded.owed_since, state = excluded.state, attempts = excluded.attempts, lost = excluded.lost,
         alone = excluded.alone, next_attempt_at = excluded.next_attempt_at,
-        first_failed_at = case when excluded.attempts > 1 or excluded.attempts = 1 and excluded.error_code is null
-                               then hold.first_failed_at else excluded.first_failed_at end,
+        first_failed_at = coalesce(excluded.first_failed_at, case when excluded.state <> 'released'
+                                                                  then hold.first_failed_at end),
         last_failed_at = coalesce(excluded.last_failed_at, hold.last_failed_at),
         error_code = coalesce(excluded.error_code, hold.error_code),
         error = coalesce(excluded.error, hold.error)

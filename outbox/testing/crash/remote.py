@@ -27,6 +27,7 @@ _OUTCOMES: dict[str, Outcome] = {
     "applied": Applied(),
     "stale": Stale(),
     "retry": Retry("busy"),
+    "refused": Retry("shard_lost", blameless=True),
     "rejected": Rejected("poison"),
 }
 

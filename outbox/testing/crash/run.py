@@ -59,7 +59,7 @@ _ROUND = 60.0
 _SPARING = 8
 # What secondaries answer, and how calls end, in a run that is asked for numbers and long enough for what is rare.
 _LONG = 300.0
-_SEEN = ("stale", "retry", "rejected", "answered", "raised", "cut", "abandoned", "not_synced")
+_SEEN = ("stale", "retry", "refused", "rejected", "answered", "raised", "cut", "abandoned", "not_synced")
 _DRAIN = timedelta(seconds=300)
 
 

@@ -123,7 +123,9 @@ class _Shelf:
         """Keep what is newer, and tell the history in the same breath."""
         outcomes: list[str] = []
         for number, (event, entry) in enumerate(zip(request.events, entries, strict=True)):
-            outcomes.append("retry" if partly and number % 2 else self._keep(entry, event[4]))
+            # Of every four one is blamed, and one is refused and not to blame.
+            kept = number % 2 == 0 or not partly
+            outcomes.append(self._keep(entry, event[4]) if kept else "retry" if number % 4 == 1 else "refused")
         found: dict[str, list[Entry]] = {}
         for outcome, entry in zip(outcomes, entries, strict=True):
             found.setdefault(outcome, []).append(entry)

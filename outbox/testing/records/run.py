@@ -125,7 +125,7 @@ class Applied(Said, frozen=True, kw_only=True):
 
 
 class Refused(Said, frozen=True, kw_only=True):
-    """A secondary did not take these: `stale`, `retry` or `rejected`."""
+    """A secondary did not take these: `stale`, `retry`, `refused` (they are not to blame) or `rejected`."""
 
     backend_id: str
     call: str
