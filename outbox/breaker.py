@@ -7,7 +7,9 @@ from __future__ import annotations
 
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
+from uuid import UUID
 
+from outbox.attempt import Attempt
 from outbox.settings import SyncConfig
 from outbox.statement import Statement
 from outbox.turn import Turn
@@ -18,6 +20,7 @@ if TYPE_CHECKING:
 __all__ = ["EASE", "PROBE", "TRIP", "allowance", "ease", "probe", "trip"]
 
 # Whoever finds the secondary unavailable counts, but an open breaker does not open wider by batches that left before.
+# Only while the attempt is his: so it can go before the settle, and nobody finds a half-open breaker with nothing open.
 TRIP = Statement("""
 update {schema}.outbox_secondary as secondary
 set breaker = case when opens then 'open' else secondary.breaker end,
@@ -34,7 +37,13 @@ from (
     select backend_id,
            breaker = 'half_open' or breaker = 'closed'
                and (breaker_failures + 1 >= :threshold or cast(:asked as interval) > interval '0') as opens
-    from {schema}.outbox_secondary where backend_id = :backend_id for update
+    from {schema}.outbox_secondary
+    where backend_id = :backend_id and exists (
+        select from {schema}.outbox_attempt as attempt
+        where attempt.backend_id = :backend_id and attempt.attempt_id = :attempt_id
+          and attempt.relay_id = cast(:relay_id as uuid) and attempt.finished_at is null
+    )
+    for update
 ) as found
 where secondary.backend_id = found.backend_id
 """)
@@ -72,16 +81,21 @@ async def probe(connection: asyncpg.Connection[Any], schema: str, backend_id: st
 async def trip(
     connection: asyncpg.Connection[Any],
     schema: str,
-    backend_id: str,
+    attempt: Attempt,
+    relay_id: UUID,
     config: SyncConfig,
     retry_after: timedelta | None = None,
 ) -> None:
     """Count a batch that found the secondary unavailable; open the breaker at the threshold or after a failed probe.
 
-    The wait doubles from probe to probe with equal jitter, and is never shorter than what the secondary asked for.
+    Before the attempt is settled: else the next probe could begin in between. Changes nothing once it is no longer
+    ours. The wait doubles from probe to probe with equal jitter, and is never shorter than what the secondary asked
+    for.
     """
     parameters = {
-        "backend_id": backend_id,
+        "backend_id": attempt.backend_id,
+        "attempt_id": attempt.attempt_id,
+        "relay_id": relay_id,
         "threshold": config.breaker_threshold,
         "first": config.breaker_initial,
         "longest": config.breaker_max,

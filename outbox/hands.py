@@ -138,9 +138,13 @@ class Hands:
     async def settle(self, attempt: Attempt, dispatched: Dispatched, *, expired: bool = False) -> None:
         """Record the outcome, however often the primary goes away; the fence tells whether it was still ours."""
         unavailable = dispatched.unavailable
+        untold = unavailable
         for failures in itertools.count(1):
             try:
                 async with self._primary.connection() as connection:
+                    if untold is not None:
+                        await self._trip(connection, attempt, untold)
+                        untold = None
                     settled = await settle(
                         connection,
                         self._config.database_schema,
@@ -153,7 +157,7 @@ class Hands:
                     )
                     if settled is not None:
                         self._tell_dead(attempt.attempt_id, settled)
-                        await self._mind_breaker(connection, dispatched)
+                        await self._ease(connection, dispatched)
                 break
             except PRIMARY_FAILED as error:
                 code = code_of(error)
@@ -262,10 +266,12 @@ class Hands:
         # Its keys are free again, and there is room for another attempt.
         self._freed()
 
-    async def _mind_breaker(self, connection: asyncpg.Connection[Any], dispatched: Dispatched) -> None:
-        schema, unavailable = self._config.database_schema, dispatched.unavailable
-        if unavailable is not None:
-            await trip(connection, schema, self._backend_id, self._config, unavailable.retry_after)
-            self.strained = True
-        elif self.strained and any(isinstance(each, _ANSWERED) for each in dispatched.results):
-            await ease(connection, schema, self._backend_id, self._config.batch_size)
+    async def _trip(self, connection: asyncpg.Connection[Any], attempt: Attempt, unavailable: Unavailable) -> None:
+        terms = (self._relay_id, self._config, unavailable.retry_after)
+        await trip(connection, self._config.database_schema, attempt, *terms)
+        self.strained = True
+
+    async def _ease(self, connection: asyncpg.Connection[Any], dispatched: Dispatched) -> None:
+        answered = any(isinstance(each, _ANSWERED) for each in dispatched.results)
+        if self.strained and answered and dispatched.unavailable is None:
+            await ease(connection, self._config.database_schema, self._backend_id, self._config.batch_size)

@@ -13,6 +13,12 @@ from (
     select backend_id,
            breaker = 'half_open' or breaker = 'closed'
                and (breaker_failures + 1 >= $4 or cast($1 as interval) > interval '0') as opens
-    from "public".outbox_secondary where backend_id = $5 for update
+    from "public".outbox_secondary
+    where backend_id = $5 and exists (
+        select from "public".outbox_attempt as attempt
+        where attempt.backend_id = $5 and attempt.attempt_id = $6
+          and attempt.relay_id = cast($7 as uuid) and attempt.finished_at is null
+    )
+    for update
 ) as found
 where secondary.backend_id = found.backend_id
