@@ -166,8 +166,21 @@ def _nobody_rings() -> bool:
 def test_whoever_commits_all_the_time_rings_less_often() -> None:
     """More than eight commits in 5 ms, and as many for as long as it goes on."""
     bell = Doorbell("public", across_processes=True)
+    bell._earned = 0.0
     pauses = []
     for commits in (1, 8, 9, 33, 32, 9, 0):
         bell._announced = commits
         pauses.append(bell._quiet())
     assert pauses == [0.005, 0.005, 0.02, 0.02, 0.005, 0.02, 0.005]
+
+
+def test_whoever_commits_now_and_then_is_heard_at_once() -> None:
+    """What was idle for a while rings without a pause, for as many times as it earned; all the time it earns nothing."""
+    bell = Doorbell("public", across_processes=True)
+    bell._earned = 0.0
+    bell._idle_since -= 0.01
+    bell._earn()
+    assert [bell._quiet() for _ in range(3)] == [0.0, 0.0, 0.005]
+    bell._idle_since -= 3600
+    bell._earn()
+    assert [bell._quiet() for _ in range(26)] == [0.0] * 25 + [0.005]
