@@ -12,7 +12,7 @@ import msgspec
 from outbox.event import Operation, SyncEvent
 from outbox.secondaries.base import Applied, Rejected, Retry, Stale
 
-__all__ = ["OWED", "Attempt", "Held", "Lost", "Refused", "Released", "Result", "Superseded"]
+__all__ = ["COLUMNS", "OWED", "POSITION", "Attempt", "Held", "Lost", "Refused", "Released", "Result", "Superseded"]
 
 # The events of attempts, each with what its hold remembers of its key; an event that is gone still has a row.
 OWED = """from {schema}.outbox_attempt as attempt
@@ -30,8 +30,15 @@ left join lateral (
     offset 0
 ) as hold on true"""
 
+# An event as `Attempt.of_rows` takes it; a content of more than [share] bytes is left out.
+COLUMNS = """event.tenant_id, event.resource_type, event.resource_id, event.operation,
+       case when event.content_bytes <= [share] then cast(event.content as text) end as content,
+       event.version, event.fhir_version, event.bulk_id, cast(event.headers as text) as headers, event.event_id,
+       greatest(least(event.created_at, timestamptz '9999-01-01'), timestamptz '0001-01-02') as created_at,
+       case when event.content_bytes > [share] then event.content_bytes end as left_out"""
+
 _LEFT_OUT = -1
-_POSITION = -3
+POSITION = -3
 _REMEMBERED = 4
 
 _OPERATIONS = {str(operation): operation for operation in Operation}
@@ -98,14 +105,14 @@ class Attempt(msgspec.Struct, frozen=True):
         events = [_event(row) for row in rows]
         # Sorted here, because sorting wide rows in the database costs more.
         events.sort(key=attrgetter("position"))
-        left_out = {row[_POSITION]: size for row in rows if (size := row[_LEFT_OUT]) is not None}
+        left_out = {row[POSITION]: size for row in rows if (size := row[_LEFT_OUT]) is not None}
         return cls(attempt_id, backend_id, log_order, events, {}, left_out)
 
     @classmethod
     def of_held(cls, attempt_id: int, backend_id: str, *, log_order: bool, rows: Sequence[Sequence[Any]]) -> Self:
         """Build from rows of what a hold remembers (null for no hold), an event's columns and what was left out."""
         # An event that somebody deleted by hand leaves nothing to deliver, but its attempt must be closed.
-        found = [row[_REMEMBERED:] for row in rows if row[_POSITION] is not None]
+        found = [row[_REMEMBERED:] for row in rows if row[POSITION] is not None]
         held = {tuple(row[4:7]): Held(*row[:4]) for row in rows if row[0] is not None}
         attempt = cls.of_rows(attempt_id, backend_id, log_order=log_order, rows=found)
         return msgspec.structs.replace(attempt, held=held)

@@ -11,8 +11,6 @@ from typing import TYPE_CHECKING, Any
 from uuid import UUID
 
 from outbox.attempt import Attempt, Lost
-from outbox.breaker import allowance, probe
-from outbox.claim import claim
 from outbox.dispatch import Dispatched
 from outbox.epoch import Vigil
 from outbox.floors import Floors
@@ -23,7 +21,7 @@ from outbox.register import Registration
 from outbox.retry import RetryPolicy
 from outbox.seize import seize
 from outbox.settings import SyncConfig
-from outbox.suspects import Suspects
+from outbox.taking import Taking
 from outbox.turn import Turn, say_looked, set_back, take_turn
 
 if TYPE_CHECKING:
@@ -38,9 +36,6 @@ _LONGEST_PATIENCE = 0.02
 _SLOW = 0.05
 # A statement that took too long says nothing about the primary's history.
 _CANCELED = "57014"
-# The claim that looks at holds fills one batch and not several; between two of them held keys are passed by. While
-# there is other work it takes one of so many parts of the time, unless held keys would wait for it too long.
-_RESUME_EVERY, _RESUME_PART, _RESUME_LATEST = 0.02, 20, 1.0
 
 
 class Carrier:
@@ -58,9 +53,8 @@ class Carrier:
         self._vigil = Vigil(self.backend_id)
         self._bell = asyncio.Event()
         self._stopping = False
-        self._suspects = Suspects()
-        self._took = 0.0
-        self._resume_at = self._say_looked_at = self._look_back_at = 0.0
+        self._taking = Taking(self.hands, config, self.backend_id, relay_id, self._floors.lanes, self.ring)
+        self._took = self._say_looked_at = self._look_back_at = 0.0
 
     async def run(self) -> None:
         """Carry until told to stop. A primary that fails is waited for; nothing is lost meanwhile."""
@@ -88,7 +82,10 @@ class Carrier:
             if not attempts and self._took > _SLOW:
                 # To find nothing took long: whoever rings all the time must not keep it going all the time.
                 await asyncio.sleep(min(self._took, 1.0))
-            if attempts or await self._rung(sleep):
+            if attempts:
+                sleep = _SHORTEST_SLEEP
+            # What came with less than was asked for leaves nothing behind: another claim would only be in its way.
+            if (attempts and self._taking.more) or await self._rung(sleep):
                 sleep = _SHORTEST_SLEEP
             else:
                 sleep = min(sleep * 2, self._config.poll_interval.total_seconds())
@@ -107,8 +104,8 @@ class Carrier:
 
     async def run_once(self) -> int:
         """Carry one batch; return how many deliveries it held, 0 when nothing was due."""
-        # Held keys count as due here, however short ago they were looked at.
-        self._resume_at = 0.0
+        # Held keys count as due here, however short ago they were looked at, and a whole batch is wanted.
+        self._taking.resume_at, self._taking.more = 0.0, True
         while (attempts := await self.hands.claimed(self._claim(1))) is None:
             await self._rung(_SHORTEST_SLEEP)
         carrying = [self.hands.take(attempt) for attempt in attempts]
@@ -163,7 +160,7 @@ class Carrier:
                 return []
             lost = await self._lost(connection, turn) if turn.lost_attempts else []
             if not lost:
-                attempts = await self._claim_in_turn(connection, turn, slots)
+                attempts = await self._taking.take(connection, turn, slots)
                 self._floors.rested_through = quiet if turn.at_rest and not attempts else None
                 return attempts
         # Settled outside the turn, each by its own fence: whoever else found them loses.
@@ -189,7 +186,7 @@ class Carrier:
             turn = await take_turn(connection, schema, backend_id)
             if turn is None:
                 return None
-            self._mind_strain(turn)
+            self.hands.mind_strain(turn)
             if self._withheld(turn) or self.hands.strained:
                 # Whether the secondary is there again is for a relay to find out, one probe at a time.
                 return []
@@ -234,46 +231,6 @@ class Carrier:
         found = await expired(connection, schema, backend_id, turn.folded_through, log_order=turn.log_order)
         return [attempt for attempt in found if attempt.attempt_id not in self.hands.attempt_ids]
 
-    async def _claim_in_turn(self, connection: asyncpg.Connection[Any], turn: Turn, slots: int) -> list[Opened] | None:
-        room = allowance(turn, self._config.batch_size)
-        self._mind_strain(turn)
-        if room == 0 or (self.hands.strained and self.hands.attempt_ids):
-            return []
-        parameters: dict[str, Any] = {
-            "backend_id": self.backend_id,
-            "relay_id": self._relay_id,
-            "turn": turn,
-            "batch_size": room,
-            "lanes": self._floors.lanes,
-            "lease": self._config.lease,
-        }
-        schema, now = self._config.database_schema, time.monotonic()
-        attempts: list[Opened] = []
-        if turn.holds and (now >= self._resume_at or turn.breaker != "closed"):
-            resumed = await self._suspects.resume(connection, schema, self.hands.attempt_ids, **parameters)
-            if resumed is None:
-                return []
-            took = time.monotonic() - now
-            self._resume_at = now + min(max(_RESUME_EVERY, took * _RESUME_PART), _RESUME_LATEST)
-            attempts = [Opened(resumed.attempt_id, turn.log_order, held=True)] if resumed.attempt_id else []
-            if resumed.absorbed * 2 >= room:
-                # A long line at once: until holds have it, every claim would walk past it.
-                self._resume_at = 0.0
-                self.ring()
-                if not attempts:
-                    return None
-        if not attempts:
-            opened = await claim(connection, schema, **parameters, slots=1 if self.hands.strained else slots)
-            attempts = [Opened(attempt_id, turn.log_order, held=False) for attempt_id in opened]
-            if not attempts:
-                self._resume_at = min(self._resume_at, now + _RESUME_EVERY)
-        if attempts and turn.breaker != "closed":
-            await probe(connection, self._config.database_schema, self.backend_id, self._config.lease)
-        return attempts
-
-    def _mind_strain(self, turn: Turn) -> None:
-        self.hands.strained = turn.breaker != "closed" or turn.breaker_failures > 0 or turn.breaker_ramp is not None
-
     async def _worthwhile_room(self) -> int:
         """Wait for half of the slots, which share a claim's fixed cost, for as long as the last claim took at most."""
         patience = min(max(self._took, _SHORTEST_SLEEP), _LONGEST_PATIENCE)
@@ -284,10 +241,10 @@ class Carrier:
         return self._room()
 
     def _room(self) -> int:
-        return 0 if self._suspects.block(self.hands.attempt_ids) else self.hands.room
+        return 0 if self._taking.suspects.block(self.hands.attempt_ids) else self.hands.room
 
     def _freed(self) -> None:
-        self._suspects.freed(self.hands.attempt_ids)
+        self._taking.suspects.freed(self.hands.attempt_ids)
         self.ring()
 
     async def _rung(self, sleep: float) -> bool:

@@ -24,6 +24,7 @@ from outbox.retry import RetryPolicy
 from outbox.secondaries.base import Applied, Rejected, Retry, Stale
 from outbox.settings import SyncConfig
 from outbox.settle import Settled, settle
+from outbox.turn import Turn
 
 if TYPE_CHECKING:
     import asyncpg
@@ -39,11 +40,12 @@ _ANSWERED = (Applied, Stale, Retry, Refused, Rejected)
 
 
 class Opened(NamedTuple):
-    """An attempt that a claim opened; its events are still to be loaded."""
+    """An attempt that a claim opened; its events are still to be loaded unless the claim came with them."""
 
     attempt_id: int
     log_order: bool
     held: bool
+    loaded: Attempt | None = None
 
 
 class _InHand:
@@ -167,6 +169,10 @@ class Hands:
         if settled is None:
             self._drop(attempt.attempt_id)
 
+    def mind_strain(self, turn: Turn) -> None:
+        """Note whether the secondary is to be handled with care: it was away, or may be."""
+        self.strained = turn.breaker != "closed" or turn.breaker_failures > 0 or turn.breaker_ramp is not None
+
     def raise_defect(self) -> None:
         """Raise what no attempt may end in: it is a defect of this package."""
         if self._defect is not None:
@@ -175,7 +181,7 @@ class Hands:
     async def _carry(self, opened: Opened) -> int:
         in_hand = self._in_hand[opened.attempt_id]
         try:
-            attempt = await self._load(opened)
+            attempt = opened.loaded or await self._load(opened)
             if attempt is None:
                 self._drop(opened.attempt_id)
                 return 0
@@ -190,9 +196,8 @@ class Hands:
         return len(attempt.events)
 
     async def _load(self, opened: Opened) -> Attempt | None:
-        attempt_id, log_order, held = opened
-        terms = {"log_order": log_order, "held": held, "batch_bytes": self._config.batch_bytes}
-        return await self._fetch(load, attempt_id, **terms)
+        terms = {"log_order": opened.log_order, "held": opened.held, "batch_bytes": self._config.batch_bytes}
+        return await self._fetch(load, opened.attempt_id, **terms)
 
     async def _contents(self, attempt_id: int, positions: Sequence[int]) -> Mapping[int, str]:
         return await self._fetch(contents, attempt_id, positions=positions)

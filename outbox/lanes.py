@@ -57,6 +57,9 @@ class Lanes:
     def __init__(self) -> None:
         self.floors = [0] * LANES
         self._busy: set[int] = set()
+        # How many deliveries the last claim found, and whether it may have left more of them.
+        self.taken = 0
+        self.more = False
         # Where holds absorbed something last time: there may be a long line of it, and they are to have it soon.
         self.lined: set[int] = set()
         self._first = 0
@@ -109,6 +112,7 @@ class Lanes:
                 self._busy.add(lane)
             elif step < reached:
                 self._busy.discard(lane)
+        self.taken, self.more = counts.total(), full or bool(self._busy)
 
     def look_everywhere(self) -> None:
         """Forget the floors once: the net under their reasoning."""

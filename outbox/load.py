@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 from uuid import UUID
 
-from outbox.attempt import OWED, Attempt
+from outbox.attempt import COLUMNS, OWED, Attempt
 from outbox.statement import Statement
 
 if TYPE_CHECKING:
@@ -20,38 +20,32 @@ __all__ = ["CONTENTS", "LOAD", "LOAD_HELD", "contents", "load"]
 
 # One walk through one index, at less than half the price of a join. Shares and not a running sum: they need no order,
 # and together they cannot exceed the batch's bytes either.
-LOAD = Statement("""
+LOAD = Statement(
+    """
 with mine as materialized (
     select attempt.event_ids, cast(:batch_bytes as bigint) / cardinality(attempt.event_ids) as share
     from {schema}.outbox_attempt as attempt
     where attempt.backend_id = :backend_id and attempt.attempt_id = :attempt_id
       and attempt.relay_id = cast(:relay_id as uuid) and attempt.finished_at is null
 )
-select event.tenant_id, event.resource_type, event.resource_id, event.operation,
-       case when event.content_bytes <= (select share from mine) then cast(event.content as text) end as content,
-       event.version, event.fhir_version, event.bulk_id, cast(event.headers as text) as headers, event.event_id,
-       greatest(least(event.created_at, timestamptz '9999-01-01'), timestamptz '0001-01-02') as created_at,
-       case when event.content_bytes > (select share from mine) then event.content_bytes end as left_out
+select [columns]
 from {schema}.outbox as event
 where event.event_id = any (cast((select event_ids from mine) as bigint[]))
-""")
+""".replace("[columns]", COLUMNS).replace("[share]", "(select share from mine)")
+)
 
 # What holds remember of their keys too: until the attempt is settled, only they know that a key was held. An attempt
 # that is ours has a row here even when somebody deleted its events.
 LOAD_HELD = Statement(
     """
 select hold.attempts, hold.lost, statement_timestamp() - hold.first_failed_at as failing_for, hold.oldest_id,
-       event.tenant_id, event.resource_type, event.resource_id, event.operation,
-       case when event.content_bytes <= cast(:batch_bytes as bigint) / cardinality(attempt.event_ids)
-            then cast(event.content as text) end as content,
-       event.version, event.fhir_version, event.bulk_id, cast(event.headers as text) as headers, event.event_id,
-       greatest(least(event.created_at, timestamptz '9999-01-01'), timestamptz '0001-01-02') as created_at,
-       case when event.content_bytes > cast(:batch_bytes as bigint) / cardinality(attempt.event_ids)
-            then event.content_bytes end as left_out
+       [columns]
 [owed]
 where attempt.backend_id = :backend_id and attempt.attempt_id = :attempt_id
   and attempt.relay_id = cast(:relay_id as uuid) and attempt.finished_at is null
 """.replace("[owed]", OWED)
+    .replace("[columns]", COLUMNS)
+    .replace("[share]", "cast(:batch_bytes as bigint) / cardinality(attempt.event_ids)")
 )
 
 # Behind the same fence: whoever lost the attempt has nothing more to send.

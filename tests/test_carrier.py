@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
 
 import asyncpg
@@ -13,7 +13,7 @@ from sqlalchemy.ext.asyncio import AsyncEngine
 
 from outbox import Rejected, Retry, SyncEvent
 from outbox.carrier import Carrier
-from outbox.claim import claim
+from outbox.claim import claim, claim_few
 from outbox.resume import Resumed, resume
 from tests.relaying import change, execute, manager_of, running, value, write
 from tests.scripted import ScriptedSecondary
@@ -72,13 +72,17 @@ async def test_a_look_at_holds_that_takes_long_is_rare_while_there_is_other_work
         await asyncio.sleep(0.05)
         return await resume(*given, **more)
 
-    async def takes_the_others(*given: Any, **more: Any) -> list[int]:
-        taken = await claim(*given, **more)
-        looks.append("others" if taken else "nobody")
-        return taken
+    def takes_the_others(how: Callable[..., Awaitable[list[Any]]]) -> Callable[..., Awaitable[list[Any]]]:
+        async def taking(*given: Any, **more: Any) -> list[Any]:
+            taken = await how(*given, **more)
+            looks.append("others" if taken else "nobody")
+            return taken
+
+        return taking
 
     monkeypatch.setattr("outbox.suspects.resume", looks_at_holds)
-    monkeypatch.setattr("outbox.carrier.claim", takes_the_others)
+    monkeypatch.setattr("outbox.taking.claim", takes_the_others(claim))
+    monkeypatch.setattr("outbox.taking.claim_few", takes_the_others(claim_few))
     secondary = ScriptedSecondary("search")
     secondary.always("poisoned", Retry("poisoned"))
     manager = manager_of(primary, secondary, batch_size=1, max_attempts=1_000)

@@ -175,7 +175,7 @@ def test_whoever_commits_all_the_time_rings_less_often() -> None:
 
 
 def test_whoever_commits_now_and_then_is_heard_at_once() -> None:
-    """What was idle for a while rings without a pause, for as many times as it earned; all the time it earns nothing."""
+    """What was idle for a while rings without a pause, for as many times as it earned."""
     bell = Doorbell("public", across_processes=True)
     bell._earned = 0.0
     bell._idle_since -= 0.01

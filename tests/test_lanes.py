@@ -110,3 +110,14 @@ def test_a_full_look_forgets_floors_and_nothing_else() -> None:
     assert (lanes.floors, lanes.mark, lanes.quiet) == ([0] * LANES, None, None)
     asked = lanes.shares(100)
     assert dict(zip(asked.lanes, asked.shares, strict=True))[5] == 100
+
+
+@calmly
+@given(BATCHES, st.dictionaries(LANE, st.integers(1, 700)))
+def test_after_a_claim_that_leaves_no_more_nothing_is_left(batch_size: int, waiting: dict[int, int]) -> None:
+    """So whoever believes it and looks again a moment later makes nobody wait who could have been taken."""
+    lanes, left = Lanes(), Counter(waiting)
+    for _ in range(5):
+        taken = claim(lanes, left, batch_size)
+        assert lanes.taken == taken.total()
+        assert lanes.more or not left.total()

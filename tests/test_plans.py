@@ -8,6 +8,7 @@ import re
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager
 from datetime import timedelta
+from itertools import cycle
 from typing import Any
 from uuid import uuid4
 
@@ -21,7 +22,7 @@ from waiting import eventually
 
 from outbox import Applied, RetryPolicy, SyncConfig
 from outbox.attempt import Attempt
-from outbox.claim import CLAIM, claim
+from outbox.claim import CLAIM, CLAIM_FEW, claim, claim_few
 from outbox.lanes import Lanes, advance_floors
 from outbox.primary import Primary
 from outbox.prune import FOLD, PRUNE_ATTEMPTS, PRUNE_EVENTS
@@ -53,7 +54,7 @@ WAYS = {
     "outbox_discarded_age": {"discarded_at"},
 }
 # Whether a secondary has any hold: that stops at the first.
-ANY_HOLD = ({"turn.TURN", "claim.CLAIM"}, "outbox_hold_pkey", {"backend_id"})
+ANY_HOLD = ({"turn.TURN", "claim.CLAIM", "claim.CLAIM_FEW"}, "outbox_hold_pkey", {"backend_id"})
 
 FILL = """
 with event as (
@@ -288,11 +289,11 @@ async def test_a_claim_takes_at_most_what_it_asked_for(primary: AsyncEngine, pla
 
 
 async def take_everything(connection: Connection, most: int, *, batch_size: int, slots: int) -> list[int]:
-    """Take turns at resuming and claiming, each time no more than was asked for."""
+    """Take turns at resuming, claiming many and claiming a few, each time no more than was asked for."""
     taken: list[int] = []
-    for step in range(2 * most):
-        limit = batch_size if step % 2 == 0 else batch_size * slots
-        attempts = await take(connection, Lanes(), batch_size=batch_size, slots=slots, resuming=step % 2 == 0)
+    for _, how in zip(range(3 * most), cycle(("resume", "claim", "claim few"))):
+        limit = batch_size * slots if how == "claim" else batch_size
+        attempts = await take(connection, Lanes(), batch_size=batch_size, slots=slots, how=how)
         events = [event.position or 0 for attempt in attempts for event in attempt.events]
         assert len(events) <= limit
         taken += events
@@ -302,7 +303,7 @@ async def take_everything(connection: Connection, most: int, *, batch_size: int,
 
 
 async def take(
-    connection: Connection, lanes: Lanes, *, batch_size: int, slots: int = 1, resuming: bool = False
+    connection: Connection, lanes: Lanes, *, batch_size: int, slots: int = 1, how: str = "claim"
 ) -> list[Attempt]:
     """Claim and settle by hand what a relay would in one step."""
     relay_id, policy = uuid4(), RetryPolicy.from_config(SyncConfig())
@@ -311,9 +312,13 @@ async def take(
         turn = await take_turn(connection, "public", "search")
         assert turn is not None
         parameters |= {"backend_id": "search", "turn": turn, "batch_size": batch_size}
-        if resuming:
+        if how == "resume":
             resumed = await resume(connection, "public", **parameters)
             opened = [resumed.attempt_id] if resumed.attempt_id else []
+        elif how == "claim few":
+            few = await claim_few(connection, "public", **parameters, batch_bytes=2**24)
+            assert all(loaded for _, loaded in few)
+            opened = [attempt_id for attempt_id, _ in few]
         else:
             opened = await claim(connection, "public", **parameters, slots=slots)
         attempts = [await load_opened(connection, turn, "search", relay_id, attempt_id) for attempt_id in opened]
@@ -337,11 +342,11 @@ async def test_resuming_takes_at_most_a_batch_however_much_the_holds_owe(primary
             "update outbox_hold set event_ids = event_ids || array(select event_id from outbox where event_id % 20 = "
             "outbox_hold.event_ids[1] % 20 and resource_type = 'Thing' order by event_id)"
         )
-        (resumed,) = await take(connection, Lanes(), batch_size=batch_size, resuming=True)
+        (resumed,) = await take(connection, Lanes(), batch_size=batch_size, how="resume")
     assert len(resumed.events) <= batch_size
 
 
-CLAIMS = {"claim": CLAIM, "resume": RESUME}
+CLAIMS = {"claim": CLAIM, "claim few": CLAIM_FEW, "resume": RESUME}
 
 
 def question(lanes: Lanes, batch_size: int = 100) -> dict[str, Any]:
@@ -351,6 +356,7 @@ def question(lanes: Lanes, batch_size: int = 100) -> dict[str, Any]:
         "relay_id": uuid4(),
         "folded_through": 0,
         "batch_size": batch_size,
+        "batch_bytes": 2**24,
         "page_size": 1_000,
         "slots": 1,
         "lease": timedelta(minutes=1),

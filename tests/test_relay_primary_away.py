@@ -191,9 +191,10 @@ async def test_a_change_of_the_tables_in_mid_run_costs_no_attempt(primary: Async
 
 
 async def test_a_load_that_fails_is_tried_again_and_costs_no_attempt(
-    primary: AsyncEngine, caplog: pytest.LogCaptureFixture
+    primary: AsyncEngine, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """S2: between a claim and its events the primary may go away; the attempt is dispatched when it is back."""
+    loaded_apart(monkeypatch)
     secondary, manager = await one(primary, lease=1)
     await write(manager, change("1"))
     await execute(primary, "alter table outbox rename to taken_away")
@@ -205,8 +206,16 @@ async def test_a_load_that_fails_is_tried_again_and_costs_no_attempt(
     assert await value(primary, "select count(*) from outbox_attempt") == 1
 
 
-async def test_what_was_never_loaded_is_handed_back_when_the_relay_stops(primary: AsyncEngine) -> None:
+def loaded_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have even a few events loaded by a statement of their own, as many always are."""
+    monkeypatch.setattr("outbox.taking.FEW", -1)
+
+
+async def test_what_was_never_loaded_is_handed_back_when_the_relay_stops(
+    primary: AsyncEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """L6: the claim is committed, its events are still to come, and the relay is told to stop."""
+    loaded_apart(monkeypatch)
     secondary, manager = await one(primary, shutdown_grace=0.5)
     await write(manager, change("1"))
     await execute(primary, "alter table outbox rename to taken_away")

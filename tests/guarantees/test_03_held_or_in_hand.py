@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Awaitable, Callable
 from datetime import timedelta
 from typing import Any
 from uuid import uuid4
@@ -10,14 +11,26 @@ import pytest
 from sqlalchemy.ext.asyncio import AsyncEngine
 
 from outbox import Registration, SyncManager
-from outbox.claim import claim
+from outbox.claim import claim, claim_few
 from outbox.lanes import Lanes
 from outbox.schema import LANES
 from outbox.secondaries.base import Retry
 from outbox.seize import seize
 from outbox.turn import Turn, take_turn
-from tests.relaying import change, claim_by_hand, claim_fresh, hold_of, manager_of, raw, rows, write
+from tests.relaying import (
+    change,
+    claim_by_hand,
+    claim_fresh,
+    hold_of,
+    manager_of,
+    raw,
+    rows,
+    running,
+    value,
+    write,
+)
 from tests.scripted import ScriptedSecondary
+from tests.waiting import eventually
 
 
 @pytest.fixture
@@ -78,20 +91,25 @@ async def test_a_key_in_hand_is_passed_by(primary: AsyncEngine, manager: SyncMan
     assert await seized(primary) is not None
 
 
+@pytest.mark.parametrize("how", [claim, claim_few])
 async def test_nobody_else_has_a_turn_while_a_relay_claims(
-    primary: AsyncEngine, manager: SyncManager, monkeypatch: pytest.MonkeyPatch
+    primary: AsyncEngine, manager: SyncManager, monkeypatch: pytest.MonkeyPatch, how: Callable[..., Awaitable[Any]]
 ) -> None:
     """L1, O1: from before it looks at what is in hand until its own attempts are there to be seen."""
     turns: list[Turn | None] = []
 
-    async def looked_at(connection: Any, schema: str, **terms: Any) -> list[int]:
-        opened = await claim(connection, schema, **terms)
+    async def looked_at(connection: Any, schema: str, **terms: Any) -> Any:
+        opened = await how(connection, schema, **terms)
         async with raw(primary) as other, other.transaction():
             turns.append(await take_turn(other, schema, "search"))
         return opened
 
-    monkeypatch.setattr("outbox.carrier.claim", looked_at)
+    monkeypatch.setattr(f"outbox.taking.{how.__name__}", looked_at)
     await write(manager, change("1"))
-    assert await manager.relay().drain() == 1
+    if how is claim:
+        assert await manager.relay().drain() == 1
+    else:
+        async with running(manager.relay()):
+            await eventually(lambda: value(primary, "select count(*) = 0 from outbox_delivery"))
     assert turns
     assert not any(turns), "somebody else could claim at the same time"

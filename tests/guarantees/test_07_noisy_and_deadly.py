@@ -58,7 +58,7 @@ async def test_an_event_that_kills_its_process_ends_alone_and_dead(
     assert (hold["attempts"], hold["lost"], hold["error_code"]) == (3, 3, "lost")
     with_it = "select * from outbox_attempt where event_ids && cast(:owed as bigint[]) order by attempt_id"
     sizes = [len(row["event_ids"]) for row in await rows(primary, with_it, owed=hold["event_ids"])]
-    assert sizes[0] == 31
+    assert sizes[0] > 1, "nobody was beside it, so this shows nothing"
     assert sizes[2:] == [1], "after two losses it is dispatched with nobody beside it"
 
 

@@ -197,7 +197,7 @@ class Ground:
 
     async def claim(self, carrier: Carrier, slots: int, *, hurries: bool) -> list[InHand]:
         """Claim as the carrier's loop does; what others lost is settled first. In a hurry it passes by what is held."""
-        carrier._resume_at = inf if hurries else 0.0
+        carrier._taking.resume_at = inf if hurries else 0.0
         while (opened := await carrier._claim(slots)) is None:
             continue
         return await self._taken(carrier, opened)

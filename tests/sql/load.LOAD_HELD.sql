@@ -1,11 +1,9 @@
 select hold.attempts, hold.lost, statement_timestamp() - hold.first_failed_at as failing_for, hold.oldest_id,
        event.tenant_id, event.resource_type, event.resource_id, event.operation,
-       case when event.content_bytes <= cast($1 as bigint) / cardinality(attempt.event_ids)
-            then cast(event.content as text) end as content,
+       case when event.content_bytes <= cast($1 as bigint) / cardinality(attempt.event_ids) then cast(event.content as text) end as content,
        event.version, event.fhir_version, event.bulk_id, cast(event.headers as text) as headers, event.event_id,
        greatest(least(event.created_at, timestamptz '9999-01-01'), timestamptz '0001-01-02') as created_at,
-       case when event.content_bytes > cast($1 as bigint) / cardinality(attempt.event_ids)
-            then event.content_bytes end as left_out
+       case when event.content_bytes > cast($1 as bigint) / cardinality(attempt.event_ids) then event.content_bytes end as left_out
 from "public".outbox_attempt as attempt
 cross join unnest(attempt.event_ids) as owed (event_id)
 left join lateral (
