@@ -85,7 +85,7 @@ class Carrier:
             if attempts:
                 sleep = _SHORTEST_SLEEP
             # What came with less than was asked for leaves nothing behind: another claim would only be in its way.
-            if (attempts and self._taking.more) or await self._rung(sleep):
+            if (attempts and self._floors.lanes.more) or await self._rung(sleep):
                 sleep = _SHORTEST_SLEEP
             else:
                 sleep = min(sleep * 2, self._config.poll_interval.total_seconds())
@@ -105,7 +105,7 @@ class Carrier:
     async def run_once(self) -> int:
         """Carry one batch; return how many deliveries it held, 0 when nothing was due."""
         # Held keys count as due here, however short ago they were looked at, and a whole batch is wanted.
-        self._taking.resume_at, self._taking.more = 0.0, True
+        self._taking.resume_at, self._floors.lanes.more = 0.0, True
         while (attempts := await self.hands.claimed(self._claim(1))) is None:
             await self._rung(_SHORTEST_SLEEP)
         carrying = [self.hands.take(attempt) for attempt in attempts]

@@ -27,14 +27,13 @@ _RESUME_EVERY, _RESUME_PART, _RESUME_LATEST = 0.02, 20, 1.0
 
 
 class Taking:
-    """Opens attempts for one relay, in the transaction of its turn. `more` says whether the last one left anything."""
+    """Opens attempts for one relay in its turn; its lanes know whether the last one left anything."""
 
     def __init__(
         self, hands: Hands, config: SyncConfig, backend_id: str, relay_id: UUID, lanes: Lanes, ring: Callable[[], None]
     ) -> None:
         self.suspects = Suspects()
         self.resume_at = 0.0
-        self.more = False
         self._hands = hands
         self._config = config
         self._backend_id = backend_id
@@ -75,7 +74,7 @@ class Taking:
             return None
         took = time.monotonic() - now
         self.resume_at = now + min(max(_RESUME_EVERY, took * _RESUME_PART), _RESUME_LATEST)
-        self.more = True
+        self._lanes.more = True
         if resumed.absorbed * 2 >= room:
             # A long line at once: until holds have it, every claim would walk past it.
             self.resume_at = 0.0
@@ -86,13 +85,12 @@ class Taking:
         """Open attempts of what is fresh. After a claim that left nothing there are only few: they come at once."""
         schema, terms = self._config.database_schema, self._terms(turn)
         opened: Sequence[tuple[int, Attempt | None]]
-        if not self.more and self._lanes.taken <= FEW:
+        if not self._lanes.more and self._lanes.taken <= FEW:
             most = min(room, FEW)
             opened = await claim_few(connection, schema, **terms, batch_size=most, batch_bytes=self._config.batch_bytes)
         else:
             ids = await claim(connection, schema, **terms, batch_size=room, slots=slots)
             opened = [(attempt_id, None) for attempt_id in ids]
-        self.more = self._lanes.more
         return [Opened(attempt_id, turn.log_order, held=False, loaded=attempt) for attempt_id, attempt in opened]
 
     def _terms(self, turn: Turn) -> dict[str, Any]:
